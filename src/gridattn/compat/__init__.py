@@ -1,0 +1,1 @@
+"""Drop-in replacements for the public interfaces of other libraries."""

@@ -1,0 +1,83 @@
+"""Argument handling that every operator shares: broadcasting of per-axis sizes and the checks with their messages."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+
+def per_axis(value: Any, rank: int, name: str, *, minimum: int = 1) -> tuple[int, ...]:
+    """Broadcasts an integer setting to one entry per grid axis.
+
+    Args:
+        value: an int, taken for every axis, or a sequence of exactly `rank` ints.
+        rank: number of grid axes.
+        name: the argument's name, for the message.
+        minimum: smallest value allowed.
+
+    Raises:
+        ValueError: a value that is not an int, is below `minimum`, or a sequence of another length.
+
+    Example:
+        >>> per_axis(7, 2, "kernel_size")
+        (7, 7)
+        >>> per_axis([3, 5], 2, "kernel_size")
+        (3, 5)
+    """
+    values = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,) * rank
+    if len(values) != rank:
+        raise ValueError(f"{name}={value!r} has {len(values)} entries; an int or {rank} ints are allowed, one per axis")
+    if any(isinstance(v, bool) or not isinstance(v, int) or v < minimum for v in values):
+        raise ValueError(f"{name}={value!r} is not allowed; every entry must be an int of at least {minimum}")
+    return values
+
+
+def per_axis_flag(value: Any, rank: int, name: str) -> tuple[bool, ...]:
+    """Broadcasts a boolean setting to one entry per grid axis; 0 and 1 are refused.
+
+    Example:
+        >>> per_axis_flag(True, 2, "is_causal")
+        (True, True)
+    """
+    values = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,) * rank
+    if len(values) != rank:
+        raise ValueError(f"{name}={value!r} has {len(values)} entries; a bool or {rank} bools are allowed, one per axis")
+    if any(not isinstance(v, bool) for v in values):
+        raise ValueError(f"{name}={value!r} is not allowed; every entry must be a bool")
+    return values
+
+
+def check_channels(dim: int, num_heads: int) -> int:
+    """Returns the head dimension `dim // num_heads`.
+
+    Raises:
+        ValueError: a non-positive size, or `dim` not divisible by `num_heads`.
+    """
+    for name, value in (("dim", dim), ("num_heads", num_heads)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r} is not allowed; it must be a positive int")
+    if dim % num_heads:
+        raise ValueError(f"dim={dim} is not divisible by num_heads={num_heads}")
+    return dim // num_heads
+
+
+def check_choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
+    """Raises ValueError unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} is not known; allowed: {', '.join(map(repr, allowed))}")
+
+
+def check_probability(name: str, value: float) -> None:
+    """Raises ValueError unless `value` lies in [0, 1)."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value < 1.0:
+        raise ValueError(f"{name}={value!r} is not allowed; it must be a number in [0, 1)")
+
+
+def check_same_kind(**tensors: torch.Tensor) -> None:
+    """Raises ValueError unless all tensors share one dtype and one device."""
+    (first_name, first), *rest = tensors.items()
+    for name, tensor in rest:
+        if tensor.dtype != first.dtype:
+            raise ValueError(f"{name} is {tensor.dtype} but {first_name} is {first.dtype}; one dtype is allowed")
+        if tensor.device != first.device:
+            raise ValueError(f"{name} is on {tensor.device} but {first_name} is on {first.device}; one device is allowed")

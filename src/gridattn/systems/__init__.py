@@ -1,0 +1,1 @@
+"""Complete task systems: model, data, training, evaluation and prediction behind one command."""

@@ -1,0 +1,1 @@
+"""Image classification with any backbone of the library."""
