@@ -1,4 +1,5 @@
-"""The interface that every attention layer has: a grid in, a grid out, its cost, and the picture of what a query sees."""
+"""The interface that every attention layer has: a grid in, a grid out, its cost, and the picture of what a query
+sees."""
 
 from collections.abc import Callable, Sequence
 from math import prod
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 class GridAttention(nn.Module):
     """An attention layer on a grid: `(B, *grid, C)` in, `(B, *grid, C)` out.
 
-    A subclass sets `dim`, `rank` through `super().__init__` and defines `forward` and `macs`; where the mechanism has attention
+    A subclass sets `dim`, `rank` through `super().__init__` and defines `forward` and `macs`; where the mechanism has
+    attention
     weights it also overrides `attention_map` and sets `exact_map`.
 
     Attributes:
@@ -58,7 +60,8 @@ class GridAttention(nn.Module):
     def attention_map(self, x: Tensor, query: Sequence[int]) -> Tensor:
         """How much the output at one position owes to every position.
 
-        Where `exact_map` is True these are the attention weights of the query, one map a head. Elsewhere it is the norm over
+        Where `exact_map` is True these are the attention weights of the query, one map a head. Elsewhere it is the
+        norm over
         channels of the gradient of the output's squared norm at the query, scaled to sum to one, as a single head.
 
         Args:
@@ -103,7 +106,8 @@ def gradient_map(layer: Callable[[Tensor], Tensor], x: Tensor, query: tuple[int,
 
 
 def value_gradient_map(attend: Callable[[Tensor], Tensor], value: Tensor, query: tuple[int, ...]) -> Tensor:
-    """Attention weights of one query of any mechanism that is linear in its values: out = A v, so d out[query] / d v = A[query].
+    """Attention weights of one query of any mechanism that is linear in its values: out = A v, so d out[query] / d v
+    = A[query].
 
     Args:
         attend: maps values (B, *grid, heads, head_dim) to outputs of the same layout, everything else held fixed.

@@ -102,7 +102,8 @@ def create_attention(
         name: one of `list_attentions()`.
         dim: number of channels.
         num_heads: number of heads; mechanisms without heads ignore it.
-        grid: the nominal grid. Its length is the number of axes; position tables are sized by it. Other grid sizes of the same
+        grid: the nominal grid. Its length is the number of axes; position tables are sized by it. Other grid sizes of
+            the same
             rank can be fed to the layer.
         **options: further keywords of the layer (`attention_info(name).options`).
 
@@ -110,7 +111,8 @@ def create_attention(
         A layer from (B, *grid, dim) to (B, *grid, dim).
 
     Raises:
-        ValueError: an unknown name or option, a rank that the mechanism does not have, or a value that its constructor refuses.
+        ValueError: an unknown name or option, a rank that the mechanism does not have, or a value that its
+        constructor refuses.
 
     Example:
         >>> import torch

@@ -41,7 +41,9 @@ def per_axis_flag(value: Any, rank: int, name: str) -> tuple[bool, ...]:
     """
     values = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,) * rank
     if len(values) != rank:
-        raise ValueError(f"{name}={value!r} has {len(values)} entries; a bool or {rank} bools are allowed, one per axis")
+        raise ValueError(
+            f"{name}={value!r} has {len(values)} entries; a bool or {rank} bools are allowed, one per axis"
+        )
     if any(not isinstance(v, bool) for v in values):
         raise ValueError(f"{name}={value!r} is not allowed; every entry must be a bool")
     return values
@@ -80,4 +82,6 @@ def check_same_kind(**tensors: torch.Tensor) -> None:
         if tensor.dtype != first.dtype:
             raise ValueError(f"{name} is {tensor.dtype} but {first_name} is {first.dtype}; one dtype is allowed")
         if tensor.device != first.device:
-            raise ValueError(f"{name} is on {tensor.device} but {first_name} is on {first.device}; one device is allowed")
+            raise ValueError(
+                f"{name} is on {tensor.device} but {first_name} is on {first.device}; one device is allowed"
+            )

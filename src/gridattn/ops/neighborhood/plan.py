@@ -6,7 +6,8 @@ Along one axis of length X with kernel k, stride s, dilation d:
    L = ceil((X - i mod d) / d). Keys outside the group are never visible.
 2. Stride splits a group into runs of s positions that share one window, placed around their leader: the run's centre (the right
    one of two), or its last position where the axis is causal, and never past the group's end.
-3. The window is the k positions around the leader, pushed back inside the group at its borders. A causal window starts k - 1
+3. The window is the k positions around the leader, pushed back inside the group at its borders. A causal window
+starts k - 1
    before the leader (at 0 at the earliest) and ends at the query itself.
 
 The visible set on a grid is the product of its axes' sets. Source: arXiv 2504.16922 (GNA), arXiv 2209.15001 (dilation).
@@ -16,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,7 +28,8 @@ from gridattn.ops.common import per_axis, per_axis_flag
 class AxisPlan:
     """Windows along one axis.
 
-    Index i sees the keys `start[i] + dilation * j` for j in range(count[i]); their offsets into a table of relative position
+    Index i sees the keys `start[i] + dilation * j` for j in range(count[i]); their offsets into a table of relative
+    position
     biases (2k - 1 entries, entry k - 1 is the query itself) are `bias_start[i] + j`.
     """
 
@@ -83,9 +85,9 @@ class AxisPlan:
         return (offset >= 0) & (offset < (self.count * self.dilation)[:, None]) & (offset % self.dilation == 0)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """One neighborhood attention problem: the axes of a grid, hashable, so that what is derived from it can be cached."""
+class Plan(NamedTuple):
+    """One neighborhood attention problem: the axes of a grid, hashable, so that what is derived from it can be
+    cached."""
 
     axes: tuple[AxisPlan, ...]
 
@@ -146,7 +148,8 @@ def make_plan(
         is_causal: axes along which a query sees only itself and keys before it.
 
     Raises:
-        ValueError: a wrong type or length, a kernel below 2, a stride above the kernel, or a dilated kernel larger than the grid.
+        ValueError: a wrong type or length, a kernel below 2, a stride above the kernel, or a dilated kernel larger
+        than the grid.
 
     Example:
         >>> make_plan((10,), 5, stride=3).axes[0].visible(4).tolist()
@@ -167,7 +170,8 @@ def make_plan(
             )
         if kernel[axis] * dilations[axis] > grid[axis]:
             raise ValueError(
-                f"kernel_size={kernel} with dilation={dilations} spans {kernel[axis] * dilations[axis]} positions and exceeds "
+                f"kernel_size={kernel} with dilation={dilations} spans {kernel[axis] * dilations[axis]} positions and
+                exceeds "
                 f"the grid {grid} on axis {axis}; kernel_size * dilation <= {grid[axis]} is allowed there"
             )
     return _plan(grid, kernel, strides, dilations, causal)
