@@ -1,4 +1,4 @@
-"""Pages made from the code at build time: one page a registered mechanism with the picture of its pattern, and the list of papers."""
+"""Pages made from the code at build time: one a registered mechanism with its picture, and the list of papers."""
 
 import inspect
 import tempfile
@@ -43,7 +43,9 @@ What the marked query reaches in a layer with random weights: {
 
 | grid axes | causal | cost grows linearly | smallest grid |
 |---|---|---|---|
-| {", ".join(map(str, info.ranks))} | {"yes" if info.causal else "no"} | {"yes" if info.linear_cost else "no"} | {info.min_size} |
+| {", ".join(map(str, info.ranks))} | {"yes" if info.causal else "no"} | {"yes" if info.linear_cost else "no"} | {
+        info.min_size
+    } |
 
 | option | default |
 |---|---|

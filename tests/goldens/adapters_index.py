@@ -1,4 +1,4 @@
-"""Finds the adapters of a paper: `adapters/<slug with underscores>.py` with `ADAPTERS` and, where some classes wait, `PENDING`."""
+"""Finds the adapters of a paper: `adapters/<slug with underscores>.py` with `ADAPTERS` and, if needed, `PENDING`."""
 
 import importlib
 import importlib.util
@@ -7,7 +7,7 @@ from case import Adapter
 
 
 def load_adapters(slug: str) -> tuple[dict[str, Adapter] | None, dict[str, str]]:
-    """Returns (adapters by class name, reasons by class name that has none yet); (None, {}) for a paper without a module."""
+    """Returns (adapters by class, reasons by class that has none yet); (None, {}) for a paper without a module."""
     name = f"adapters.{slug.replace('-', '_')}"
     if importlib.util.find_spec(name) is None:
         return None, {}

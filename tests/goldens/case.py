@@ -32,8 +32,8 @@ class GoldenCase:
 
 Result = Mapping[str, Tensor]
 Adapter = Callable[[GoldenCase], Result]
-"""Runs a case and returns our tensors under the file's own full names: `out.y`, `grad.x`, ... Every `out.*` and `grad.*` of the
-file must be among them."""
+"""Runs a case and returns our tensors under the file's own full names: `out.y`, `grad.x`, ...; every `out.*` and
+`grad.*` of the file must be among them."""
 
 
 def read_case(path: Path) -> GoldenCase:
@@ -45,7 +45,15 @@ def read_case(path: Path) -> GoldenCase:
             prefix, _, name = key.partition(".")
             groups[prefix][name] = file.get_tensor(key)
     return GoldenCase(
-        path, meta["case"], meta["class"], meta.get("config", {}), meta, groups["in"], groups["state"], groups["out"], groups["grad"]
+        path,
+        meta["case"],
+        meta["class"],
+        meta.get("config", {}),
+        meta,
+        groups["in"],
+        groups["state"],
+        groups["out"],
+        groups["grad"],
     )
 
 

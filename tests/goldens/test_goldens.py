@@ -35,4 +35,3 @@ def test_golden(path: Path) -> None:
     for key, tensor in expected.items():
         tolerance = GRADIENT_TOLERANCE if key.startswith("grad.") else OUTPUT_TOLERANCE
         assert relative_error(result[key], tensor) < tolerance, key
-

@@ -2,12 +2,23 @@
 
 from gridattn.layers.common import GridAttention
 from gridattn.layers.global_attention import GlobalAttention
+from gridattn.layers.halo import HaloAttention
+from gridattn.layers.large_kernel import LargeKernelAttention, VisualAttention
+from gridattn.layers.neighborhood import NeighborhoodAttention
+from gridattn.layers.polarized import PolarizedSelfAttention
 from gridattn.layers.registry import AttentionInfo, attention_info, create_attention, list_attentions
+from gridattn.layers.window import WindowAttention
 
 __all__ = [
     "AttentionInfo",
     "GlobalAttention",
     "GridAttention",
+    "HaloAttention",
+    "LargeKernelAttention",
+    "NeighborhoodAttention",
+    "PolarizedSelfAttention",
+    "VisualAttention",
+    "WindowAttention",
     "attention_info",
     "create_attention",
     "list_attentions",

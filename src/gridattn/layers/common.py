@@ -94,7 +94,7 @@ def gradient_map(layer: Callable[[Tensor], Tensor], x: Tensor, query: tuple[int,
         query: grid index.
 
     Returns:
-        (B, 1, *grid): norm over channels of the input gradient, summing to one over the grid (zero where nothing flows).
+        (B, 1, *grid): norm over channels of the input gradient, summing to one over the grid (zero if nothing flows).
     """
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()

@@ -1,1 +1,30 @@
 """Backbones: one file a family, with its variants and its checkpoint key map."""
+
+from gridattn.models.checkpoint import load_model, save_model
+from gridattn.models.common import AttentionInput, Backbone, attention_inputs, attention_layers
+from gridattn.models.features import FeatureMaps
+from gridattn.models.grid_vit import GridViT
+from gridattn.models.nat import NAT, DiNATs, IsotropicNAT
+from gridattn.models.registry import ModelInfo, create_model, list_models, model_info, register_variants
+from gridattn.models.state import CheckpointError, load_checkpoint
+
+__all__ = [
+    "NAT",
+    "AttentionInput",
+    "Backbone",
+    "CheckpointError",
+    "DiNATs",
+    "FeatureMaps",
+    "GridViT",
+    "IsotropicNAT",
+    "ModelInfo",
+    "attention_inputs",
+    "attention_layers",
+    "create_model",
+    "list_models",
+    "load_checkpoint",
+    "load_model",
+    "model_info",
+    "register_variants",
+    "save_model",
+]

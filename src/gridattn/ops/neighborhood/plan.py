@@ -2,13 +2,12 @@
 
 Along one axis of length X with kernel k, stride s, dilation d:
 
-1. Dilation splits the axis into d groups of every d-th index; index i is position p = i // d of group i mod d, whose length is
-   L = ceil((X - i mod d) / d). Keys outside the group are never visible.
-2. Stride splits a group into runs of s positions that share one window, placed around their leader: the run's centre (the right
-   one of two), or its last position where the axis is causal, and never past the group's end.
-3. The window is the k positions around the leader, pushed back inside the group at its borders. A causal window
-starts k - 1
-   before the leader (at 0 at the earliest) and ends at the query itself.
+1. Dilation splits the axis into d groups of every d-th index; index i is position p = i // d of group i mod d, whose
+   length is L = ceil((X - i mod d) / d). Keys outside the group are never visible.
+2. Stride splits a group into runs of s positions that share one window, placed around their leader: the run's centre
+   (the right one of two), or its last position where the axis is causal, and never past the group's end.
+3. The window is the k positions around the leader, pushed back inside the group at its borders. A causal window starts
+   k - 1 before the leader (at 0 at the earliest) and ends at the query itself.
 
 The visible set on a grid is the product of its axes' sets. Source: arXiv 2504.16922 (GNA), arXiv 2209.15001 (dilation).
 """
@@ -17,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -85,9 +84,9 @@ class AxisPlan:
         return (offset >= 0) & (offset < (self.count * self.dilation)[:, None]) & (offset % self.dilation == 0)
 
 
-class Plan(NamedTuple):
-    """One neighborhood attention problem: the axes of a grid, hashable, so that what is derived from it can be
-    cached."""
+@dataclass(frozen=True)
+class Plan:
+    """One neighborhood attention problem: the axes of a grid, hashable so that what derives from it can be cached."""
 
     axes: tuple[AxisPlan, ...]
 
@@ -169,9 +168,9 @@ def make_plan(
                 f"stride={strides} exceeds kernel_size={kernel} on axis {axis}; at most the kernel size is allowed"
             )
         if kernel[axis] * dilations[axis] > grid[axis]:
+            span = kernel[axis] * dilations[axis]
             raise ValueError(
-                f"kernel_size={kernel} with dilation={dilations} spans {kernel[axis] * dilations[axis]} positions and
-                exceeds "
-                f"the grid {grid} on axis {axis}; kernel_size * dilation <= {grid[axis]} is allowed there"
+                f"kernel_size={kernel} with dilation={dilations} spans {span} positions and exceeds the grid {grid} on "
+                f"axis {axis}; kernel_size * dilation <= {grid[axis]} is allowed there"
             )
     return _plan(grid, kernel, strides, dilations, causal)

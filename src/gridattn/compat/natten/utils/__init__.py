@@ -1,0 +1,5 @@
+"""`natten.utils`."""
+
+from gridattn.compat.natten.utils import varlen
+
+__all__ = ["varlen"]

@@ -1,0 +1,171 @@
+"""Attention inside windows: blocks of neighbours, shifted blocks, or positions spread evenly over the grid."""
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from gridattn.layers.common import GridAttention, value_gradient_map
+from gridattn.layers.registry import register_attention
+from gridattn.ops.common import check_channels, check_choice, check_probability, per_axis
+from gridattn.ops.partition import Layout, merge_windows, partition_windows, window_mask
+from gridattn.ops.relative_bias import crop_relative_bias, expand_relative_bias
+
+
+@register_attention(
+    "window",
+    summary="attention inside non-overlapping blocks of neighbours",
+    source="arXiv 2103.14030",
+    linear_cost=True,
+    partition="block",
+    shifted=False,
+)
+@register_attention(
+    "shifted_window",
+    summary="attention inside blocks that are shifted by half a block",
+    source="arXiv 2103.14030",
+    linear_cost=True,
+    partition="block",
+    shifted=True,
+)
+@register_attention(
+    "dilated_grid",
+    summary="attention among positions spread evenly over the grid, one lattice for every residue",
+    source="arXiv 2204.01697",
+    linear_cost=True,
+    partition="grid",
+    shifted=False,
+)
+class WindowAttention(GridAttention):
+    """Multi-head attention inside windows of a fixed number of positions, softmax(Q K^T / sqrt(d) + B) V.
+
+    B[q, k] is a learned entry per head and per offset k - q inside the window. A grid that the windows do not fill is
+    padded at its end; padding is masked, so it never reaches a result. A window longer than an axis is cut to the axis.
+
+    Args:
+        dim: channels C.
+        num_heads: heads; must divide `dim`.
+        grid: the nominal grid; only its length, the rank, is used.
+        window_size: positions per window, one int or one per axis.
+        partition: `"block"`, windows of neighbours, or `"grid"`, windows of positions spread evenly over the axis.
+        shifted: blocks start half a block later; the cut-off pieces at both ends of an axis are windows of their own.
+        bias: learned relative position bias.
+        qkv_bias: bias in the query/key/value projection.
+        scale: factor of the logits; head_dim ** -0.5 when None.
+        attention_dropout: dropout probability of the attention weights.
+        projection_dropout: dropout probability of the output.
+
+    Raises:
+        ValueError: `dim` not divisible by `num_heads`, an unknown partition, `shifted` with `"grid"`, a size below 1.
+
+    Sources: Liu et al., Swin Transformer, arXiv 2103.14030 (blocks); Tu et al., MaxViT, arXiv 2204.01697 (grid).
+
+    Example:
+        >>> WindowAttention(32, num_heads=4, window_size=7, partition="grid")(torch.randn(2, 10, 9, 32)).shape
+        torch.Size([2, 10, 9, 32])
+    """
+
+    exact_map = True
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 4,
+        *,
+        grid: Sequence[int] = (14, 14),
+        window_size: int | Sequence[int] = 7,
+        partition: Layout = "block",
+        shifted: bool = False,
+        bias: bool = True,
+        qkv_bias: bool = True,
+        scale: float | None = None,
+        attention_dropout: float = 0.0,
+        projection_dropout: float = 0.0,
+    ) -> None:
+        super().__init__(dim, rank=len(grid))
+        check_channels(dim, num_heads)
+        check_choice("partition", partition, ("block", "grid"))
+        check_probability("attention_dropout", attention_dropout)
+        check_probability("projection_dropout", projection_dropout)
+        if shifted and partition == "grid":
+            raise ValueError("shifted=True is not allowed with partition='grid'; only blocks can be shifted")
+        self.num_heads = num_heads
+        self.window_size = per_axis(window_size, self.rank, "window_size")
+        self.partition: Layout = partition
+        self.shifted = shifted
+        self.scale = scale
+        self.attention_dropout = attention_dropout
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.relative_position_bias = (
+            nn.Parameter(
+                nn.init.trunc_normal_(torch.empty(num_heads, *(2 * w - 1 for w in self.window_size)), std=0.02)
+            )
+            if bias
+            else None
+        )
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(projection_dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, *grid, C) -> (B, *grid, C)."""
+        self.check_input(x)
+        query, key, value = self._project(x)
+        return self.proj_drop(self.proj(self._attend(query, key, value).flatten(-2)))
+
+    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
+        return rearrange(self.qkv(x), "... (three h d) -> three ... h d", three=3, h=self.num_heads).unbind(0)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        batch, grid = value.shape[0], value.shape[1:-2]
+        window, shift = self._clip(grid)
+        windows = [partition_windows(t, window, self.partition, shift) for t in (query, key, value)]
+        count = windows[0].shape[1]
+        q, k, v = (rearrange(t, "b n w h d -> (b n) h w d") for t in windows)
+        out = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=self._logit_bias(grid, window, shift, q),
+            dropout_p=self.attention_dropout if self.training else 0.0,
+            scale=self.scale,
+        )
+        out = rearrange(out, "(b n) h w d -> b n w h d", b=batch, n=count)
+        return merge_windows(out, window, grid, self.partition, shift)
+
+    def _clip(self, grid: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        # A symbolic size, met while a graph with dynamic sizes is exported, keeps the whole window: padding is masked.
+        window = tuple(min(w, size) if isinstance(size, int) else w for w, size in zip(self.window_size, grid))
+        shift = tuple(w // 2 if self.shifted and w < size else 0 for w, size in zip(window, grid))
+        return window, shift
+
+    def _logit_bias(self, grid: Sequence[int], window: Sequence[int], shift: Sequence[int], q: Tensor) -> Tensor | None:
+        """What is added to the logits of q (B * windows, heads, q, d); the visible keys where nothing is added."""
+        visible = window_mask(grid, window, self.partition, shift, q.device)
+        bias = None
+        if self.relative_position_bias is not None:
+            table = crop_relative_bias(self.relative_position_bias, window)
+            bias = expand_relative_bias(table, window).unsqueeze(0).to(q.dtype)
+        if visible is None:
+            return bias
+        visible = rearrange(visible, "n q k -> n 1 q k")
+        masked = visible if bias is None else bias.masked_fill(~visible, -torch.inf)
+        return masked.repeat(q.shape[0] // visible.shape[0], 1, 1, 1)
+
+    def macs(self, grid: Sequence[int]) -> int:
+        window, _ = self._clip(grid)
+        padded = prod(-(-size // w) * w for size, w in zip(grid, window))
+        return prod(grid) * 4 * self.dim**2 + 2 * padded * prod(window) * self.dim
+
+    def memory(self, grid: Sequence[int], bytes_per_element: int = 4) -> int:
+        """Input, output, query, key, value, and the logits of all windows with their bias."""
+        window, _ = self._clip(grid)
+        padded = prod(-(-size // w) * w for size, w in zip(grid, window))
+        return bytes_per_element * padded * (5 * self.dim + 2 * prod(window) * self.num_heads)
+
+    def attention_map(self, x: Tensor, query: Sequence[int]) -> Tensor:
+        position = self.check_query(x, query)
+        q, k, v = self._project(x)
+        return value_gradient_map(lambda value: self._attend(q, k, value), v, position)

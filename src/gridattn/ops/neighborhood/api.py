@@ -1,0 +1,187 @@
+"""The public operator: checks its arguments, plans the windows, chooses a backend."""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from gridattn.ops.common import check_choice
+from gridattn.ops.neighborhood import reference, tiled
+from gridattn.ops.neighborhood.checks import check_additional, check_bias, check_key_mask, check_tensors
+from gridattn.ops.neighborhood.merge import merge_attentions
+from gridattn.ops.neighborhood.plan import Plan, make_plan
+
+_HAS_NUMBA = find_spec("numba") is not None and find_spec("gridattn.ops.neighborhood.cpu") is not None
+
+
+def _attend_cpu(*args, **options) -> tuple[Tensor, Tensor | None]:
+    from gridattn.ops.neighborhood.cpu import attend
+
+    return attend(*args, **options)
+
+
+def _supports_any(query: Tensor, key: Tensor, value: Tensor, plan: Plan) -> str | None:
+    return None
+
+
+def _supports_cpu(query: Tensor, key: Tensor, value: Tensor, plan: Plan) -> str | None:
+    if query.device.type != "cpu":
+        return f"query is on {query.device}; tensors on the cpu are allowed"
+    if not _HAS_NUMBA:
+        return "the package numba is not installed (pip install numba)"
+    return None
+
+
+class Backend(NamedTuple):
+    """An implementation: `attend(query, key, value, plan, scale, bias, key_mask, need_lse)` gives (out, lse), where lse may be None
+    unless needed; `supports(query, key, value, plan)` says why it cannot run a problem, or None."""
+
+    attend: Callable[..., tuple[Tensor, Tensor | None]]
+    supports: Callable[[Tensor, Tensor, Tensor, Plan], str | None] = _supports_any
+
+
+BACKENDS = {
+    "reference": Backend(reference.attend),
+    "tiled": Backend(tiled.attend),
+    "cpu": Backend(_attend_cpu, _supports_cpu),
+}
+
+
+_make_plan = torch.compiler.assume_constant_result(make_plan)
+
+
+def neighborhood_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] = 1,
+    dilation: int | Sequence[int] = 1,
+    is_causal: bool | Sequence[bool] = False,
+    *,
+    scale: float | None = None,
+    bias: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Generalized neighborhood attention: softmax attention of every position of a grid over a window of `kernel_size` keys.
+
+    out[i] = sum_j P[i, j] v[j] with P[i] = softmax over the visible keys j of scale * <q[i], k[j]> + bias[p(j) - p(i) + k - 1].
+    Per axis, a window holds exactly k keys: it is centred on its query (an even k reaches one further back) and pushed back inside
+    at the borders; `stride` neighbouring queries share the window of their leader; a dilated window takes every d-th position; a
+    causal one ends at the query. The visible set of a position is the product of its axes' sets, p is the position within its
+    dilation group. Query head h reads key head h // (Hq / Hkv). Under autocast the op runs in the autocast dtype.
+
+    Args:
+        query: (B, *grid, Hq, D) on a grid of 1, 2 or 3 axes.
+        key: (B, *grid, Hkv, D); Hq must be a multiple of Hkv.
+        value: (B, *grid, Hkv, Dv).
+        kernel_size: window size per axis, at least 2; kernel_size * dilation must not exceed the grid.
+        stride: queries that share a window, 1 to kernel_size.
+        dilation: step between the keys of a window.
+        is_causal: axes along which a query sees no later key.
+        scale: factor of the products; D ** -0.5 when None.
+        bias: (Hq, 2k - 1 per axis), relative position bias, added after scaling; entry k - 1 is the query's own position.
+        key_mask: (B, *grid) bool; only keys with True may be seen.
+        additional_keys: (B, N, Hkv, D), tokens visible to every query; `key_mask` and `bias` do not concern them.
+        additional_values: (B, N, Hkv, Dv).
+        return_lse: also return ln(sum_j exp(logit)) over the visible keys; gradients flow through it.
+        backend: "auto", "reference" (the definition), "tiled" (any device, exportable) or "cpu" (numba).
+
+    Returns:
+        (B, *grid, Hq, Dv) in the dtype of the query; with `return_lse` also (B, *grid, Hq) in float32 (float64 for float64).
+
+    Raises:
+        ValueError: settings that do not fit the grid; shapes, dtypes or devices that do not fit each other; an unknown backend or one
+            that cannot run the problem; a query left without any key by `key_mask` (not checked inside torch.compile and
+            torch.export: such a query gets 0 and lse -inf).
+        NotImplementedError: sparse or nested tensors.
+
+    Source: arXiv 2504.16922 (GNA), 2403.04690 (FNA), 2204.07143 (NAT), 2209.15001 (DiNAT).
+
+    Example:
+        >>> q, k, v = torch.randn(3, 2, 12, 9, 4, 16)
+        >>> neighborhood_attention(q, k, v, kernel_size=(7, 3), dilation=(1, 2), is_causal=(True, False)).shape
+        torch.Size([2, 12, 9, 4, 16])
+    """
+    check_choice("backend", backend, ("auto", *BACKENDS))
+    check_tensors(query, key, value)
+    check_additional(key, value, additional_keys, additional_values)
+    plan = _make_plan(query.shape[1:-2], kernel_size, stride, dilation, is_causal)
+    check_bias(bias, query, plan)
+    check_key_mask(key_mask, query, plan, spare=additional_keys is not None and additional_keys.shape[1] > 0)
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    name = _choose(backend, query, key, value, plan)
+
+    query, key, value, additional_keys, additional_values = _to_autocast_dtype(
+        query, key, value, additional_keys, additional_values
+    )
+    with _no_autocast(query.device.type):
+        attend = BACKENDS[name].attend
+        problem = (query, key, value, plan, scale, bias, key_mask)
+        if additional_keys is None or additional_values is None:
+            out, lse = attend(*problem, need_lse=return_lse)
+        elif name == "reference":
+            out, lse = attend(*problem, additional_keys=additional_keys, additional_values=additional_values)
+        else:
+            window = attend(*problem, need_lse=True)
+            extra = _attend_everywhere(query, additional_keys, additional_values, scale)
+            out, lse = merge_attentions(*zip(window, extra))
+    return (out, lse) if return_lse else out
+
+
+def available_backends(query: Tensor, key: Tensor, value: Tensor, plan: Plan) -> list[str]:
+    """Names of the backends that can run a problem."""
+    return [name for name, backend in BACKENDS.items() if backend.supports(query, key, value, plan) is None]
+
+
+def _choose(backend: str, query: Tensor, key: Tensor, value: Tensor, plan: Plan) -> str:
+    """Name of the backend asked for, or for "auto" of the fastest that can run the problem."""
+    if backend == "auto":
+        numba = not torch.compiler.is_exporting() and _supports_cpu(query, key, value, plan) is None
+        return "cpu" if numba else "tiled"
+    reason = BACKENDS[backend].supports(query, key, value, plan)
+    if reason is not None:
+        raise ValueError(f"backend={backend!r} cannot run this problem: {reason}")
+    return backend
+
+
+def _attend_everywhere(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention of every query over the same few tokens, with its lse; shapes as in `neighborhood_attention`."""
+    wide = torch.promote_types(query.dtype, torch.float32)
+    q = rearrange(query.to(wide), "b ... (h group) d -> b h (... group) d", h=key.shape[-2])
+    k, v = (rearrange(t.to(wide), "b n h d -> b h n d") for t in (key, value))
+    logits = scale * q @ k.mT
+    lse = logits.logsumexp(dim=-1, keepdim=True)
+    out = (logits - lse).exp() @ v
+    out, lse = (
+        rearrange(t, "b h (i group) d -> b i (h group) d", group=query.shape[-2] // key.shape[-2]) for t in (out, lse)
+    )
+    return out.reshape(*query.shape[:-1], value.shape[-1]).to(query.dtype), lse.reshape(query.shape[:-1])
+
+
+def _to_autocast_dtype(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors in the dtype of the autocast region around the call; float64 stays, as in PyTorch's own ops."""
+    kind = next(t.device.type for t in tensors if t is not None)
+    if not _autocast_enabled(kind):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(kind)
+    return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
+
+
+def _no_autocast(device_type: str) -> contextlib.AbstractContextManager:
+    """Keeps the backends' own float32 products in float32."""
+    if _autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def _autocast_enabled(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)

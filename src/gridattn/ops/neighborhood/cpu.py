@@ -1,0 +1,228 @@
+"""Neighborhood attention on the CPU: tiled kernels compiled by numba, as PyTorch operators with gradients.
+
+The operators are `gridattn::neighborhood_cpu` and `gridattn::neighborhood_cpu_backward`. Half precision tensors are computed with
+in float32. All results are deterministic and do not depend on the number of threads.
+"""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from gridattn.ops.neighborhood.cpu_tiles import LANES, Tiling, make_tiling
+from gridattn.ops.neighborhood.plan import Plan, make_plan
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_SERIAL_WORK = 500_000  # multiply-adds below which waking another thread costs more than it brings
+_NO_TENSOR = np.empty(0, dtype=np.bool_)
+
+
+def supports(query: Tensor, key: Tensor, value: Tensor, plan: Plan) -> str | None:
+    """Why the CPU kernels cannot take a problem, or None if they can."""
+    if query.device.type != "cpu":
+        return f"the tensors are on {query.device}, not on the CPU"
+    if query.dtype not in DTYPES:
+        return f"{query.dtype} is not one of {', '.join(map(str, DTYPES))}"
+    return None
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: Plan,
+    scale: float,
+    bias: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    need_lse: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Neighborhood attention by tiles of neighbouring queries; arguments and results as in `reference.attend`.
+
+    Args:
+        query: (B, *grid, Hq, D).
+        key: (B, *grid, Hkv, D).
+        value: (B, *grid, Hkv, Dv).
+        plan: the problem.
+        scale: factor of the logits.
+        bias: (Hq, *(2k - 1)) relative position bias.
+        key_mask: (B, *grid) bool, True where a key may be seen.
+        need_lse: whether the caller reads the second result; here it costs nothing.
+
+    Returns:
+        (B, *grid, Hq, Dv) in the type of `query`, and the log-sum-exp of the logits (B, *grid, Hq) in float32 or float64; both
+        are differentiable. A query that sees no key gives 0 and -inf.
+    """
+    geometry = [list(plan.kernel_size), list(plan.stride), list(plan.dilation), list(plan.is_causal)]
+    return torch.ops.gridattn.neighborhood_cpu(query, key, value, bias, key_mask, *geometry, scale)
+
+
+@torch.library.custom_op("gridattn::neighborhood_cpu", mutates_args=(), device_types="cpu")
+def _forward(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, key_mask: Tensor | None,
+    kernel_size: list[int], stride: list[int], dilation: list[int], is_causal: list[bool], scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    from gridattn.ops.neighborhood.cpu_kernels import forward
+
+    out, lse = _empty_results(query, value)
+    if out.numel() == 0:
+        return out, lse
+    plan = make_plan(query.shape[1:-2], kernel_size, stride, dilation, is_causal)
+    tiling = _tiling(plan, key, value, lse)
+    query, key, value, result = map(_stored, (query, key, value, out))
+    tensors = (query, key, value, key_mask, result, lse)
+    arrays = (*map(_flat, (query, key, value)), _bias_tables(bias, lse), *map(_flat, (key_mask, result, lse)))
+    problem = (*arrays, _strides(tensors, plan.rank), _sizes(query, key, value), scale, *tiling.tables, tiling.items)
+    _launch(forward, problem, items=len(tiling.items) * key.shape[0] * key.shape[-2], work=_work(query, value, plan))
+    return out if result is out else out.copy_(result), lse
+
+
+@_forward.register_fake
+def _(query, key, value, bias, key_mask, kernel_size, stride, dilation, is_causal, scale):
+    return _empty_results(query, value)
+
+
+@torch.library.custom_op("gridattn::neighborhood_cpu_backward", mutates_args=(), device_types="cpu")
+def _backward(
+    d_out: Tensor, d_lse: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, key_mask: Tensor | None,
+    out: Tensor, lse: Tensor,
+    kernel_size: list[int], stride: list[int], dilation: list[int], is_causal: list[bool], scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    from gridattn.ops.neighborhood.cpu_kernels import backward
+
+    d_query, d_key, d_value, d_bias = _empty_gradients(query, key, value, bias)
+    if out.numel() == 0:
+        return d_query, d_key.zero_(), d_value.zero_(), d_bias.zero_()
+    plan = make_plan(query.shape[1:-2], kernel_size, stride, dilation, is_causal)
+    tiling = _tiling(plan, key, value, lse)
+    query, key, value, out, d_out, query_result = map(_stored, (query, key, value, out, d_out, d_query))
+    key_sum, value_sum = d_key.to(lse.dtype).zero_(), d_value.to(lse.dtype).zero_()
+    tensors = (query, key, value, key_mask, out, lse, d_out, d_lse.contiguous(), query_result, key_sum, value_sum)
+    q, k, v, mask, *others = map(_flat, tensors)
+    arrays = (q, k, v, _bias_tables(bias, lse), mask, *others)
+    strides, sizes = _strides(tensors, plan.rank), _sizes(query, key, value)
+    d_bias.zero_()
+    for blocks in tiling.phases:
+        items = len(blocks) * key.shape[0] * key.shape[-2]
+        d_tables = lse.new_zeros((key.shape[0], key.shape[-2], len(blocks), d_bias.numel() // key.shape[-2]))
+        problem = (*arrays, d_tables.view(-1).numpy(), strides, sizes, scale, *tiling.tables, blocks)
+        _launch(backward, problem, items, work=3 * _work(query, value, plan) // len(tiling.phases))
+        d_bias += d_tables.sum(dim=(0, 2)).view_as(d_bias)
+    for gradient, result in ((d_query, query_result), (d_key, key_sum), (d_value, value_sum)):
+        if result is not gradient:
+            gradient.copy_(result)
+    return d_query, d_key, d_value, d_bias
+
+
+@_backward.register_fake
+def _(d_out, d_lse, query, key, value, bias, key_mask, out, lse, kernel_size, stride, dilation, is_causal, scale):
+    return _empty_gradients(query, key, value, bias)
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, bias, key_mask, *ctx.settings = inputs
+    ctx.save_for_backward(query, key, value, bias, key_mask, *output)
+
+
+def _differentiate(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
+    gradients = _backward(d_out, d_lse, *ctx.saved_tensors, *ctx.settings)
+    return *gradients[:3], gradients[3] if ctx.needs_input_grad[3] else None, *[None] * 6
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+def _pairs(query: torch.Size, kernel_size: list[int], stride: list[int], dilation: list[int], is_causal: list[bool]) -> int:
+    return query[0] * query[-2] * make_plan(query[1:-2], kernel_size, stride, dilation, is_causal).num_visible
+
+
+@register_flop_formula(torch.ops.gridattn.neighborhood_cpu)
+def _forward_flops(query, key, value, bias, key_mask, kernel_size, stride, dilation, is_causal, *_, **__) -> int:
+    return 2 * (query[-1] + value[-1]) * _pairs(query, kernel_size, stride, dilation, is_causal)
+
+
+@register_flop_formula(torch.ops.gridattn.neighborhood_cpu_backward)
+def _backward_flops(
+    d_out, d_lse, query, key, value, bias, key_mask, out, lse, kernel_size, stride, dilation, is_causal, *_, **__
+) -> int:
+    return 2 * (3 * query[-1] + 2 * value[-1]) * _pairs(query, kernel_size, stride, dilation, is_causal)
+
+
+def _empty_results(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    out = query.new_empty((*query.shape[:-1], value.shape[-1]))
+    return out, query.new_empty(query.shape[:-1], dtype=torch.promote_types(query.dtype, torch.float32))
+
+
+def _empty_gradients(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    d_query, d_key, d_value = (tensor.new_empty(tensor.shape) for tensor in (query, key, value))
+    return d_query, d_key, d_value, query.new_empty(0) if bias is None else bias.new_empty(bias.shape)
+
+
+def _stored(tensor: Tensor) -> Tensor:
+    """A tensor that the kernels can read: not float16, and with rows in one piece."""
+    tensor = tensor.float() if tensor.dtype == torch.float16 else tensor
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _flat(tensor: Tensor | None) -> np.ndarray:
+    """A tensor's memory from its first to its last number, without a copy; bfloat16 as 16-bit integers."""
+    if tensor is None:
+        return _NO_TENSOR
+    tensor = tensor.detach()
+    tensor = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
+    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+    return tensor.as_strided((span,), (1,)).numpy()
+
+
+def _strides(tensors: tuple[Tensor | None, ...], rank: int) -> np.ndarray:
+    """(tensors, 5): strides along batch, three axes (0 where the grid has fewer) and heads (0 where there are none)."""
+    table = np.zeros((len(tensors), 5), dtype=np.int64)
+    for row, tensor in zip(table, tensors):
+        if tensor is not None:
+            batch, *grid = tensor.stride()[: rank + 1]
+            row[0], row[4 - rank : 4] = batch, grid
+            row[4] = tensor.stride(rank + 1) if tensor.ndim > rank + 1 else 0
+    return table
+
+
+def _sizes(query: Tensor, key: Tensor, value: Tensor) -> np.ndarray:
+    return np.array([query.shape[0], query.shape[-2], key.shape[-2], query.shape[-1], value.shape[-1]])
+
+
+def _bias_tables(bias: Tensor | None, lse: Tensor) -> np.ndarray:
+    """One flat table per head in the type that the kernels compute in; empty without a bias."""
+    return lse.new_empty(0).numpy() if bias is None else bias.detach().to(lse.dtype).reshape(-1).numpy()
+
+
+def _tiling(plan: Plan, key: Tensor, value: Tensor, lse: Tensor) -> Tiling:
+    row = sum(-(-tensor.shape[-1] // LANES) * LANES for tensor in (key, value))
+    return make_tiling(plan, row * lse.element_size(), key.shape[0] * key.shape[-2])
+
+
+def _work(query: Tensor, value: Tensor, plan: Plan) -> int:
+    """Multiply-adds of the forward pass."""
+    return query.shape[0] * query.shape[-2] * plan.num_visible * (query.shape[-1] + value.shape[-1])
+
+
+def _launch(kernel: Callable[..., None], problem: tuple, items: int, work: int) -> None:
+    """Runs a kernel on as many threads as PyTorch uses; the calling thread is one of them."""
+    counter = np.zeros(1, dtype=np.int64)
+    helpers = 0 if work < _SERIAL_WORK else min(torch.get_num_threads(), items) - 1
+    futures = [_pool().submit(kernel, *problem, counter) for _ in range(helpers)]
+    kernel(*problem, counter)
+    for future in futures:
+        future.result()
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="gridattn")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked process has none of its parent's threads

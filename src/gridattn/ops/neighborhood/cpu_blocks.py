@@ -1,0 +1,266 @@
+"""What the CPU kernels do with blocks, runs and tiles: reading the tables of a `Tiling`, moving rows in and out, masks and biases.
+
+Tensors are flat views of their memory with a row of strides (batch, three axes, head) each.
+"""
+
+import math
+
+import numpy as np
+from numba import njit
+
+from gridattn.ops.neighborhood.cpu_tiles import LANES
+from gridattn.ops.neighborhood.cpu_vector import KEY_BLOCK, QUERY_BLOCK, narrow, widen
+
+HIDDEN = -1e30  # a logit that must not count; finite, so that no arithmetic on it makes a NaN
+LOG2_E = 1.0 / math.log(2.0)
+COMPILED = {"nogil": True, "cache": True}
+QUERY_BLOCKS = LANES // QUERY_BLOCK
+
+
+@njit(**COMPILED)
+def copy_box(source, start, stride, step, box, depth, pitch, target):
+    """Copies the rows of a box of keys side by side, each filled up with zeros to `pitch` numbers."""
+    to = 0
+    for a in range(box[0, 1]):
+        for b in range(box[1, 1]):
+            row = start + (box[0, 0] + a * step[0]) * stride[1] + (box[1, 0] + b * step[1]) * stride[2]
+            for c in range(box[2, 1]):
+                at = row + (box[2, 0] + c * step[2]) * stride[3]
+                for d in range(depth):
+                    target[to + d] = widen(source[at + d])
+                for d in range(depth, pitch):
+                    target[to + d] = 0
+                to += pitch
+
+
+@njit(**COMPILED)
+def add_box(source, factor, start, stride, step, box, depth, pitch, target):
+    """Adds the rows of a box, as `copy_box` lays them out, times a factor to the tensor they belong to."""
+    at = 0
+    for a in range(box[0, 1]):
+        for b in range(box[1, 1]):
+            row = start + (box[0, 0] + a * step[0]) * stride[1] + (box[1, 0] + b * step[1]) * stride[2]
+            for c in range(box[2, 1]):
+                to = row + (box[2, 0] + c * step[2]) * stride[3]
+                for d in range(depth):
+                    target[to + d] += source[at + d] * factor
+                at += pitch
+
+
+@njit(**COMPILED)
+def hide_masked(key_mask, start, stride, step, box, pitch, value_pitch, keys, values, penalty):
+    """Marks the keys of a box that the mask hides and clears what they hold, which may be anything."""
+    row = 0
+    for a in range(box[0, 1]):
+        for b in range(box[1, 1]):
+            for c in range(box[2, 1]):
+                at = start + (box[0, 0] + a * step[0]) * stride[1] + (box[1, 0] + b * step[1]) * stride[2]
+                penalty[row] = 0
+                if not key_mask[at + (box[2, 0] + c * step[2]) * stride[3]]:
+                    penalty[row] = HIDDEN
+                    keys[row * pitch : (row + 1) * pitch] = 0
+                    values[row * value_pitch : (row + 1) * value_pitch] = 0
+                row += 1
+
+
+@njit(**COMPILED)
+def _lane_hull(begin, end, position):
+    """The first lane that sees a position along one axis, and the last one + 1."""
+    first, last = LANES, 0
+    for lane in range(LANES):
+        if begin[lane] <= position < end[lane]:
+            first = min(first, lane)
+            last = lane + 1
+    return first, last
+
+
+@njit(**COMPILED)
+def lay_out_pattern(pattern, extent, box, logits, rows, lane_from, lane_to, group_keys, group_count):
+    """Fills the tables that all tiles of one pattern share; returns their number of keys.
+
+    Args:
+        pattern: (3, 3, LANES) visible ranges of the lanes along each axis, see `Tiling.patterns`.
+        extent: keys of a tile along each axis.
+        box: the block's keys, see `open_block`.
+        logits: (keys, LANES) set to 0 where a lane sees a key and to HIDDEN elsewhere.
+        rows: (keys,) set to the row of each key in the block, counted from the tile's first key.
+        lane_from, lane_to: (keys,) set to a range of lanes that holds all lanes that see a key.
+        group_keys, group_count: set to the keys that each group of QUERY_BLOCK lanes sees, and how many.
+    """
+    hull = np.empty((extent.max(), 3, 2), np.int64)
+    for axis in range(3):
+        for position in range(extent[axis]):
+            hull[position, axis] = _lane_hull(pattern[axis, 0], pattern[axis, 1], position)
+    count = 0
+    sees = np.empty(LANES, np.bool_)
+    for a in range(extent[0]):
+        for b in range(extent[1]):
+            for lane in range(LANES):
+                sees[lane] = (pattern[0, 0, lane] <= a < pattern[0, 1, lane]) & (
+                    pattern[1, 0, lane] <= b < pattern[1, 1, lane]
+                )
+            for c in range(extent[2]):
+                for lane in range(LANES):
+                    visible = sees[lane] & (pattern[2, 0, lane] <= c) & (c < pattern[2, 1, lane])
+                    logits[count * LANES + lane] = 0.0 if visible else HIDDEN
+                rows[count] = (a * box[1, 1] + b) * box[2, 1] + c
+                lane_from[count] = max(hull[a, 0, 0], hull[b, 1, 0], hull[c, 2, 0])
+                lane_to[count] = max(min(hull[a, 0, 1], hull[b, 1, 1], hull[c, 2, 1]), lane_from[count])
+                count += 1
+    for group in range(QUERY_BLOCKS):
+        low = np.full(3, np.iinfo(np.int64).max)
+        high = np.zeros(3, np.int64)
+        for lane in range(group * QUERY_BLOCK, (group + 1) * QUERY_BLOCK):
+            if pattern[0, 1, lane] * pattern[1, 1, lane] * pattern[2, 1, lane] > 0:
+                for axis in range(3):
+                    low[axis] = min(low[axis], pattern[axis, 0, lane])
+                    high[axis] = max(high[axis], pattern[axis, 1, lane])
+        found = 0
+        for a in range(low[0], high[0]):
+            for b in range(low[1], high[1]):
+                for c in range(low[2], high[2]):
+                    group_keys[group, found] = (a * extent[1] + b) * extent[2] + c
+                    found += 1
+        group_count[group] = found
+    for extra in range(count, -(-count // KEY_BLOCK) * KEY_BLOCK):
+        rows[extra] = 0
+        logits[extra * LANES : (extra + 1) * LANES] = HIDDEN
+    return count
+
+
+@njit(**COMPILED)
+def _bias_index(pattern, kernel, a, b, c, lane):
+    """Where a head's flat bias table holds the entry of key (a, b, c) of a tile for one lane."""
+    row = (a + pattern[0, 2, lane]) * (2 * kernel[1] - 1) + b + pattern[1, 2, lane]
+    return row * (2 * kernel[2] - 1) + c + pattern[2, 2, lane]
+
+
+@njit(**COMPILED)
+def add_bias(pattern, extent, kernel, bias, start, logits):
+    at = 0
+    for a in range(extent[0]):
+        for b in range(extent[1]):
+            for c in range(extent[2]):
+                for lane in range(LANES):
+                    if logits[at + lane] > HIDDEN / 2:
+                        logits[at + lane] = bias[start + _bias_index(pattern, kernel, a, b, c, lane)] * LOG2_E
+                at += LANES
+
+
+@njit(**COMPILED)
+def add_bias_gradient(pattern, extent, kernel, d_logits, visible, start, d_bias):
+    at = 0
+    for a in range(extent[0]):
+        for b in range(extent[1]):
+            for c in range(extent[2]):
+                for lane in range(LANES):
+                    if visible[at + lane] > HIDDEN / 2:
+                        d_bias[start + _bias_index(pattern, kernel, a, b, c, lane)] += d_logits[at + lane]
+                at += LANES
+
+
+@njit(**COMPILED)
+def load_queries(source, start, stride, step, tile, shape, depth, pitch, factor, target):
+    """Copies the rows of a tile's queries, one per lane, times a factor; lanes without a query keep what they hold."""
+    for a in range(tile[0, 1]):
+        for b in range(tile[1, 1]):
+            for c in range(tile[2, 1]):
+                to = ((a * shape[1] + b) * shape[2] + c) * pitch
+                at = start + (tile[0, 0] + a * step[0]) * stride[1]
+                at += (tile[1, 0] + b * step[1]) * stride[2] + (tile[2, 0] + c * step[2]) * stride[3]
+                for d in range(depth):
+                    target[to + d] = widen(source[at + d]) * factor
+
+
+@njit(**COMPILED)
+def store_queries(source, factors, start, stride, step, tile, shape, depth, pitch, target):
+    """Writes rows of a tile's queries, each times the factor of its lane, to the tensor they belong to."""
+    for a in range(tile[0, 1]):
+        for b in range(tile[1, 1]):
+            for c in range(tile[2, 1]):
+                lane = (a * shape[1] + b) * shape[2] + c
+                to = start + (tile[0, 0] + a * step[0]) * stride[1]
+                to += (tile[1, 0] + b * step[1]) * stride[2] + (tile[2, 0] + c * step[2]) * stride[3]
+                for d in range(depth):
+                    target[to + d] = narrow(source[lane * pitch + d] * factors[lane], target)
+
+
+@njit(**COMPILED)
+def _unravel(index, begin, end):
+    """The index-th triple of three ranges."""
+    c = index % (end[2] - begin[2])
+    index //= end[2] - begin[2]
+    return index // (end[1] - begin[1]) + begin[0], index % (end[1] - begin[1]) + begin[1], c + begin[2]
+
+
+@njit(**COMPILED)
+def open_block(item, items, blocks, box, run_begin, run_end):
+    """Reads an item's block: its box of keys (first, number) and its runs along each axis; returns the (sample, head) pair."""
+    for axis in range(3):
+        block = blocks[axis, items[item % len(items), axis]]
+        run_begin[axis], run_end[axis] = block[0], block[1]
+        box[axis, 0], box[axis, 1] = block[2], block[3]
+    return item // len(items)
+
+
+@njit(**COMPILED)
+def open_run(index, run_begin, run_end, runs, tiles, patterns, pattern, extent, tile_begin, tile_end):
+    """Reads the tables of a block's run: its pattern, the keys of its tiles along each axis and the tiles."""
+    chosen = _unravel(index, run_begin, run_end)
+    for axis in range(3):
+        run = runs[axis, chosen[axis]]
+        tile_begin[axis], tile_end[axis] = run[0], run[1]
+        pattern[axis] = patterns[axis, run[2]]
+        extent[axis] = tiles[axis, run[0], 3]
+
+
+@njit(**COMPILED)
+def open_tile(index, tile_begin, tile_end, tiles, box, tile):
+    """Reads the tables of a run's tile: its queries (first, number) along each axis; returns the block's row of its first key."""
+    chosen = _unravel(index, tile_begin, tile_end)
+    row = 0
+    for axis in range(3):
+        tile[axis, 0] = tiles[axis, chosen[axis], 0]
+        tile[axis, 1] = tiles[axis, chosen[axis], 1]
+        row = row * box[axis, 1] + tiles[axis, chosen[axis], 2]
+    return row
+
+
+@njit(**COMPILED)
+def hide_keys(logits, penalty, first_row, rows, count, target):
+    for i in range(count):
+        extra = penalty[first_row + rows[i]]
+        for lane in range(LANES):
+            target[i * LANES + lane] = logits[i * LANES + lane] + extra
+
+
+@njit(**COMPILED)
+def scratch_tables(most_keys):
+    """Room for what `open_block`, `open_run`, `open_tile` and `lay_out_pattern` read and lay out, in the order of use."""
+    triples = np.empty((5, 3), np.int64)
+    return (
+        (np.empty((3, 2), np.int64), triples[0], triples[1]),
+        (np.empty((3, 3, LANES), np.int64), triples[2], triples[3], triples[4]),
+        np.empty((3, 2), np.int64),
+        (np.empty(most_keys, np.int64), np.empty(most_keys, np.int64), np.empty(most_keys, np.int64)),
+        (np.empty((QUERY_BLOCKS, most_keys), np.int64), np.empty(QUERY_BLOCKS, np.int64)),
+    )
+
+
+@njit(**COMPILED)
+def start_of(stride, sample, head):
+    return sample * stride[0] + head * stride[4]
+
+
+@njit(**COMPILED)
+def room(dtype_of, rows, pitch):
+    """Zeros, in the type of an array."""
+    return np.zeros(rows * pitch, dtype_of.dtype)
+
+
+@njit(**COMPILED, fastmath={"reassoc", "contract"})
+def dot(a, b, start, length):
+    total = a[start] * b[start]
+    for i in range(start + 1, start + length):
+        total += a[i] * b[i]
+    return total

@@ -1,0 +1,222 @@
+"""The CPU kernels of neighborhood attention: forward and backward over the blocks of a `Tiling`, compiled by numba.
+
+Each kernel takes work items (sample and key head, block) from a shared counter until none is left, so any number of threads may
+run it at once; whatever an item writes belongs to it alone. Tensors arrive as flat views of their memory with a row of strides
+(batch, three axes, head) each; numbers are computed with in float32, or in float64 where they are stored so.
+
+Logits are kept in base 2: with z = log2(e) * (scale * q.k + bias), P = 2^(z - max z) / sum and lse = log(2) * log2(sum 2^z).
+"""
+
+import math
+
+import numpy as np
+from numba import njit
+
+from gridattn.ops.neighborhood.cpu_blocks import (
+    COMPILED,
+    HIDDEN,
+    LOG2_E,
+    QUERY_BLOCKS,
+    add_bias,
+    add_bias_gradient,
+    add_box,
+    copy_box,
+    dot,
+    hide_keys,
+    hide_masked,
+    lay_out_pattern,
+    load_queries,
+    open_block,
+    open_run,
+    open_tile,
+    room,
+    scratch_tables,
+    start_of,
+    store_queries,
+)
+from gridattn.ops.neighborhood.cpu_tiles import LANES
+from gridattn.ops.neighborhood.cpu_vector import (
+    KEY_BLOCK,
+    QUERY_BLOCK,
+    exponentials,
+    outer_add,
+    scores,
+    take_next,
+    transpose,
+    weighted_sum,
+)
+
+LN_2 = math.log(2.0)
+
+
+@njit(**COMPILED)
+def forward(
+    query, key, value, bias, key_mask, out, lse, strides, sizes, scale,
+    step, kernel, shape, tiles, runs, blocks, patterns, capacity, items, counter,
+):  # fmt: skip
+    """Attends for the items of the forward pass until `counter` reaches their number.
+
+    Args:
+        query, key, value, out: tensors. bias: a flat table per head, or empty. key_mask: bool, or empty. lse: log-sum-exp.
+        strides: (6, 5) of query, key, value, key_mask, out, lse.
+        sizes: batch, query heads, key heads, depth of keys, depth of values.
+        step, kernel, shape: dilation, kernel size and tile shape along each axis.
+        tiles, runs, blocks, patterns: see `Tiling`. capacity: its tile_keys and block_keys. items: the blocks to work on.
+        counter: (1,) the next item, shared by all threads.
+    """
+    batch, heads, key_heads, depth, value_depth = sizes
+    pitch, value_pitch = -(-depth // LANES) * LANES, -(-value_depth // LANES) * LANES
+    bias_size = len(bias) // heads
+    most_keys = -(-capacity[0] // KEY_BLOCK) * KEY_BLOCK
+    block_tables, run_tables, tile, (rows, lane_from, lane_to), (group_keys, group_count) = scratch_tables(most_keys)
+    box, run_begin, run_end = block_tables
+    pattern, extent, tile_begin, tile_end = run_tables
+    keys, values, penalty = room(lse, capacity[1], pitch), room(lse, capacity[1], value_pitch), room(lse, capacity[1], 1)
+    visible, logits, p = room(lse, most_keys, LANES), room(lse, most_keys, LANES), room(lse, most_keys, LANES)
+    q_rows, q_lanes, sums = room(lse, LANES, pitch), room(lse, LANES, pitch), room(lse, LANES, value_pitch)
+    peak, total, ones = room(lse, LANES, 1), room(lse, LANES, 1), np.ones(LANES, lse.dtype)
+
+    while True:
+        item = take_next(counter)
+        if item >= batch * key_heads * len(items):
+            break
+        sample, key_head = divmod(open_block(item, items, blocks, box, run_begin, run_end), key_heads)
+        k_start, v_start = start_of(strides[1], sample, key_head), start_of(strides[2], sample, key_head)
+        copy_box(key, k_start, strides[1], step, box, depth, pitch, keys)
+        copy_box(value, v_start, strides[2], step, box, value_depth, value_pitch, values)
+        if len(key_mask):
+            mask_start = start_of(strides[3], sample, 0)
+            hide_masked(key_mask, mask_start, strides[3], step, box, pitch, value_pitch, keys, values, penalty)
+        for head in range(key_head * (heads // key_heads), (key_head + 1) * (heads // key_heads)):
+            q_start, out_start = start_of(strides[0], sample, head), start_of(strides[4], sample, head)
+            lse_start = start_of(strides[5], sample, head)
+            for run in range(np.prod(run_end - run_begin)):
+                open_run(run, run_begin, run_end, runs, tiles, patterns, pattern, extent, tile_begin, tile_end)
+                count = lay_out_pattern(pattern, extent, box, visible, rows, lane_from, lane_to, group_keys, group_count)
+                padded = -(-count // KEY_BLOCK) * KEY_BLOCK
+                if bias_size:
+                    add_bias(pattern, extent, kernel, bias, head * bias_size, visible)
+                for index in range(np.prod(tile_end - tile_begin)):
+                    first = open_tile(index, tile_begin, tile_end, tiles, box, tile)
+                    load_queries(query, q_start, strides[0], step, tile, shape, depth, pitch, scale * LOG2_E, q_rows)
+                    transpose(q_rows, pitch, q_lanes)
+                    initial = visible
+                    if len(key_mask):
+                        hide_keys(visible, penalty, first, rows, padded, logits)
+                        initial = logits
+                    scores(keys, first * pitch, pitch, depth, rows, padded, q_lanes, initial, LANES, p, peak)
+                    for lane in range(LANES):
+                        peak[lane] = max(peak[lane], HIDDEN / 10)  # where nothing is visible, 2^(HIDDEN - peak) is still 0
+                    exponentials(p, padded, peak, total)
+                    for group in range(QUERY_BLOCKS):
+                        weighted_sum(
+                            p, group * QUERY_BLOCK, group_keys, group * most_keys, group_count[group], rows,
+                            values, first * value_pitch, value_pitch, sums, group * QUERY_BLOCK * value_pitch,
+                        )  # fmt: skip
+                    for lane in range(LANES):
+                        if total[lane] == 0:
+                            peak[lane] = -np.inf
+                        else:
+                            peak[lane] = (peak[lane] + math.log2(total[lane])) * LN_2
+                            total[lane] = 1 / total[lane]
+                    store_queries(sums, total, out_start, strides[4], step, tile, shape, value_depth, value_pitch, out)
+                    store_queries(peak, ones, lse_start, strides[5], step, tile, shape, 1, 1, lse)
+
+
+@njit(**COMPILED)
+def backward(
+    query, key, value, bias, key_mask, out, lse, d_out, d_lse, d_query, d_key, d_value, d_bias, strides, sizes, scale,
+    step, kernel, shape, tiles, runs, blocks, patterns, capacity, items, counter,
+):  # fmt: skip
+    """Adds the gradients of the items of one phase, whose blocks share no key; dS = P * (dP - sum(dO * O) + dlse).
+
+    Args beyond those of `forward`:
+        strides: (11, 5) of query, key, value, key_mask, out, lse, d_out, d_lse, d_query, d_key, d_value.
+        d_key, d_value: gradients to add to, of the type of `lse`. d_bias: (items, query heads per key head * table) likewise.
+    """
+    batch, heads, key_heads, depth, value_depth = sizes
+    pitch, value_pitch = -(-depth // LANES) * LANES, -(-value_depth // LANES) * LANES
+    bias_size = len(bias) // heads
+    most_keys = -(-capacity[0] // KEY_BLOCK) * KEY_BLOCK
+    block_tables, run_tables, tile, (rows, lane_from, lane_to), (group_keys, group_count) = scratch_tables(most_keys)
+    box, run_begin, run_end = block_tables
+    pattern, extent, tile_begin, tile_end = run_tables
+    keys, values, penalty = room(lse, capacity[1], pitch), room(lse, capacity[1], value_pitch), room(lse, capacity[1], 1)
+    d_keys, d_values = room(lse, capacity[1], pitch), room(lse, capacity[1], value_pitch)
+    visible, logits, d_logits = room(lse, most_keys, LANES), room(lse, most_keys, LANES), room(lse, most_keys, LANES)
+    p, ds = room(lse, most_keys, LANES), room(lse, most_keys, LANES)
+    q_rows, q_lanes, d_q_rows = room(lse, LANES, pitch), room(lse, LANES, pitch), room(lse, LANES, pitch)
+    o_rows, do_rows, do_lanes = room(lse, LANES, value_pitch), room(lse, LANES, value_pitch), room(lse, LANES, value_pitch)
+    shift, d_shift, unused = room(lse, LANES, 1), room(lse, LANES, 1), room(lse, LANES, 1)
+    scales = np.full(LANES, scale, lse.dtype)
+
+    while True:
+        item = take_next(counter)
+        if item >= batch * key_heads * len(items):
+            break
+        sample, key_head = divmod(open_block(item, items, blocks, box, run_begin, run_end), key_heads)
+        k_start, v_start = start_of(strides[1], sample, key_head), start_of(strides[2], sample, key_head)
+        copy_box(key, k_start, strides[1], step, box, depth, pitch, keys)
+        copy_box(value, v_start, strides[2], step, box, value_depth, value_pitch, values)
+        if len(key_mask):
+            mask_start = start_of(strides[3], sample, 0)
+            hide_masked(key_mask, mask_start, strides[3], step, box, pitch, value_pitch, keys, values, penalty)
+        d_keys[:] = 0
+        d_values[:] = 0
+        for member in range(heads // key_heads):
+            head = key_head * (heads // key_heads) + member
+            q_start, out_start = start_of(strides[0], sample, head), start_of(strides[4], sample, head)
+            lse_start, d_lse_start = start_of(strides[5], sample, head), start_of(strides[7], sample, head)
+            d_out_start, d_q_start = start_of(strides[6], sample, head), start_of(strides[8], sample, head)
+            for run in range(np.prod(run_end - run_begin)):
+                open_run(run, run_begin, run_end, runs, tiles, patterns, pattern, extent, tile_begin, tile_end)
+                count = lay_out_pattern(pattern, extent, box, visible, rows, lane_from, lane_to, group_keys, group_count)
+                padded = -(-count // KEY_BLOCK) * KEY_BLOCK
+                if bias_size:
+                    add_bias(pattern, extent, kernel, bias, head * bias_size, visible)
+                    d_logits[:] = 0
+                q_rows[:] = 0
+                do_rows[:] = 0
+                shift[:] = -np.inf
+                for index in range(np.prod(tile_end - tile_begin)):
+                    first = open_tile(index, tile_begin, tile_end, tiles, box, tile)
+                    load_queries(query, q_start, strides[0], step, tile, shape, depth, pitch, scale * LOG2_E, q_rows)
+                    load_queries(out, out_start, strides[4], step, tile, shape, value_depth, value_pitch, 1.0, o_rows)
+                    load_queries(d_out, d_out_start, strides[6], step, tile, shape, value_depth, value_pitch, 1.0, do_rows)
+                    load_queries(lse, lse_start, strides[5], step, tile, shape, 1, 1, LOG2_E, shift)
+                    load_queries(d_lse, d_lse_start, strides[7], step, tile, shape, 1, 1, 1.0, d_shift)
+                    for lane in range(LANES):
+                        d_shift[lane] -= dot(do_rows, o_rows, lane * value_pitch, value_depth)
+                        if shift[lane] == -np.inf:  # no query, or one that sees nothing: P = 2^(z - shift) is 0
+                            shift[lane] = -HIDDEN
+                            d_shift[lane] = 0
+                    transpose(q_rows, pitch, q_lanes)
+                    transpose(do_rows, value_pitch, do_lanes)
+                    initial = visible
+                    if len(key_mask):
+                        hide_keys(visible, penalty, first, rows, padded, logits)
+                        initial = logits
+                    scores(keys, first * pitch, pitch, depth, rows, padded, q_lanes, initial, LANES, p, unused)
+                    exponentials(p, padded, shift, unused)
+                    scores(
+                        values, first * value_pitch, value_pitch, value_depth, rows, padded, do_lanes, d_shift, 0, ds, unused
+                    )
+                    for i in range(padded * LANES):
+                        ds[i] *= p[i]
+                    for group in range(QUERY_BLOCKS):
+                        weighted_sum(
+                            ds, group * QUERY_BLOCK, group_keys, group * most_keys, group_count[group], rows,
+                            keys, first * pitch, pitch, d_q_rows, group * QUERY_BLOCK * pitch,
+                        )  # fmt: skip
+                    store_queries(d_q_rows, scales, d_q_start, strides[8], step, tile, shape, depth, pitch, d_query)
+                    outer_add(ds, lane_from, lane_to, rows, count, q_rows, pitch, d_keys, first * pitch)
+                    outer_add(p, lane_from, lane_to, rows, count, do_rows, value_pitch, d_values, first * value_pitch)
+                    if bias_size:
+                        for i in range(count * LANES):
+                            d_logits[i] += ds[i]
+                if bias_size:
+                    bias_start = (item * (heads // key_heads) + member) * bias_size
+                    add_bias_gradient(pattern, extent, kernel, d_logits, visible, bias_start, d_bias)
+        d_k_start, d_v_start = start_of(strides[9], sample, key_head), start_of(strides[10], sample, key_head)
+        add_box(d_keys, LN_2, d_k_start, strides[9], step, box, depth, pitch, d_key)
+        add_box(d_values, 1.0, d_v_start, strides[10], step, box, value_depth, value_pitch, d_value)

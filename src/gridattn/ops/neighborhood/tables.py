@@ -1,0 +1,58 @@
+"""Tables of integers as tensors on a device, made once a problem; a trace (torch.compile, torch.export) takes them as constants."""
+
+from collections.abc import Callable
+from functools import lru_cache
+from math import prod
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from gridattn.ops.neighborhood.plan import AxisPlan, Plan
+
+AxisKey = tuple[int, int, int, int, bool]
+"""(length, kernel, stride, dilation, causal): an axis in plain values, which a trace can pass on as a constant."""
+
+
+def axis_keys(plan: Plan) -> tuple[AxisKey, ...]:
+    """The axes of a plan in plain values."""
+    return tuple((axis.length, axis.kernel, axis.stride, axis.dilation, axis.causal) for axis in plan.axes)
+
+
+@lru_cache(maxsize=128)
+def to_tensors(build: Callable[..., tuple[np.ndarray, ...]], device: torch.device, *args) -> tuple[Tensor, ...]:
+    """The arrays `build(*args)` as tensors on `device`.
+
+    They outlive the call, so they must be ordinary tensors even when it runs in inference mode or under fake tensors.
+    """
+    with torch.inference_mode(False), _disable_current_modes():
+        return tuple(torch.from_numpy(np.ascontiguousarray(array)).to(device) for array in build(*args))
+
+
+@torch.compiler.assume_constant_result
+def window_tables(axes: tuple[AxisKey, ...], device: torch.device) -> tuple[Tensor, ...]:
+    """The window of every query, flat.
+
+    Returns:
+        With N positions and K = prod(kernel_size), each (N, K): int64 flat index of the key, bool whether the entry is a key at
+        all (a causal window may be shorter), int64 flat entry of a (2k - 1)-shaped table of relative position biases.
+    """
+    return to_tensors(_windows, device, axes)
+
+
+def _windows(axes: tuple[AxisKey, ...]) -> tuple[np.ndarray, ...]:
+    plans = [AxisPlan(*axis) for axis in axes]
+    rank = len(plans)
+    index = np.zeros((1,) * (2 * rank), dtype=np.int64)
+    bias_index, visible = index, np.ones_like(index, dtype=bool)
+    for axis, plan in enumerate(plans):
+        offset = np.arange(plan.kernel)
+        shape = [1] * (2 * rank)
+        shape[axis], shape[rank + axis] = plan.length, plan.kernel
+        keys = np.minimum(plan.start[:, None] + plan.dilation * offset, plan.length - 1)
+        index = index * plan.length + keys.reshape(shape)
+        visible = visible & (offset < plan.count[:, None]).reshape(shape)
+        bias_index = bias_index * (2 * plan.kernel - 1) + (plan.bias_start[:, None] + offset).reshape(shape)
+    flat = prod(plan.length for plan in plans), prod(plan.kernel for plan in plans)
+    return tuple(table.reshape(flat) for table in (index, visible, bias_index))

@@ -1,0 +1,136 @@
+"""Cutting a grid into windows of equal size and putting it together again; an axis that they do not fill is padded.
+
+Two layouts, along each axis of length X with windows of w positions, after padding X to n * w:
+
+* `"block"`: window j holds the neighbours j * w ... j * w + w - 1;
+* `"grid"`: window j holds the positions j, j + n, j + 2n, ...: w positions spread evenly over the axis.
+
+Padding is zero and must not be seen: `window_mask` says which positions of a window may see each other.
+Sources: arXiv 2103.14030 (blocks and their cyclic shift), arXiv 2204.01697 (the dilated grid).
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+Layout = Literal["block", "grid"]
+
+
+def partition_windows(
+    x: Tensor, window: Sequence[int], layout: Layout = "block", shift: Sequence[int] | None = None
+) -> Tensor:
+    """Cuts a grid into windows.
+
+    Args:
+        x: (B, *grid, *features); the first `len(window)` axes after the batch are the grid.
+        window: positions per window and axis.
+        layout: `"block"` or `"grid"`.
+        shift: moves the padded grid cyclically towards its start by so many positions before the cut; none by default.
+
+    Returns:
+        (B, windows, prod(window), *features): windows in row-major order, positions in row-major order inside each.
+
+    Example:
+        >>> x = torch.arange(6).view(1, 6)
+        >>> partition_windows(x, (3,)).tolist(), partition_windows(x, (3,), "grid").tolist()
+        ([[[0, 1, 2], [3, 4, 5]]], [[[0, 2, 4], [1, 3, 5]]])
+    """
+    padding = _padding(x.shape[1 : 1 + len(window)], window)
+    return _cut(_pad_end(x, padding), window, layout, shift)
+
+
+def merge_windows(
+    windows: Tensor,
+    window: Sequence[int],
+    grid: Sequence[int],
+    layout: Layout = "block",
+    shift: Sequence[int] | None = None,
+) -> Tensor:
+    """Undoes `partition_windows`: (B, windows, prod(window), *features) -> (B, *grid, *features); padding is cut off.
+
+    Example:
+        >>> x = torch.randn(2, 5, 7, 8)
+        >>> windows = partition_windows(x, (3, 2), "grid")
+        >>> torch.equal(merge_windows(windows, (3, 2), (5, 7), "grid"), x)
+        True
+    """
+    axes = range(len(window))
+    counts = {f"n{a}": (grid[a] + window[a] - 1) // window[a] for a in axes}
+    sizes = {f"w{a}": window[a] for a in axes}
+    x = rearrange(windows, f"{_flat(axes)} -> {_spread(axes, layout)}", **counts, **sizes)
+    if shift is not None and any(shift):
+        x = x.roll(tuple(shift), tuple(a + 1 for a in axes))
+    return _pad_end(x, [-pad for pad in _padding(grid, window)])
+
+
+def window_mask(
+    grid: Sequence[int],
+    window: Sequence[int],
+    layout: Layout = "block",
+    shift: Sequence[int] | None = None,
+    device: torch.device | None = None,
+) -> Tensor | None:
+    """Which positions of a window may see each other.
+
+    Padding sees padding only, so that no row is empty and nothing of it reaches a real position. After a cyclic shift,
+    positions that came together from the two ends of an axis do not see each other.
+
+    Returns:
+        (windows, prod(window), prod(window)) bool, True where the key (last axis) is visible; None where everything is.
+
+    Example:
+        >>> window_mask((4, 4), (2, 2)) is None
+        True
+        >>> window_mask((3,), (2,)).int().tolist()
+        [[[1, 1], [1, 1]], [[1, 0], [0, 1]]]
+    """
+    padding = _padding(grid, window)
+    shift = (0,) * len(window) if shift is None else tuple(shift)
+    if _all_zero(padding) and not any(shift):
+        return None
+    region = torch.zeros((1,) * len(window), dtype=torch.int64, device=device)
+    real = torch.ones((1,) * len(window), dtype=torch.bool, device=device)
+    for axis, (size, pad) in enumerate(zip(grid, padding)):
+        index = torch.arange(size + pad, device=device).view([-1 if a == axis else 1 for a in range(len(window))])
+        region = 2 * region + (index < shift[axis])
+        real = real & (index < size)
+    label = _cut(torch.where(real, region, -1).unsqueeze(0), window, layout, shift)[0]
+    return label.unsqueeze(-1) == label.unsqueeze(-2)
+
+
+def _cut(x: Tensor, window: Sequence[int], layout: Layout, shift: Sequence[int] | None) -> Tensor:
+    axes = range(len(window))
+    if shift is not None and any(shift):
+        x = x.roll(tuple(-s for s in shift), tuple(a + 1 for a in axes))
+    sizes = {f"w{a}": window[a] for a in axes}
+    return rearrange(x, f"{_spread(axes, layout)} -> {_flat(axes)}", **sizes)
+
+
+def _flat(axes: range) -> str:
+    return f"b ({' '.join(f'n{a}' for a in axes)}) ({' '.join(f'w{a}' for a in axes)}) ..."
+
+
+def _spread(axes: range, layout: Layout) -> str:
+    pattern = {"block": "(n{a} w{a})", "grid": "(w{a} n{a})"}[layout]
+    return f"b {' '.join(pattern.format(a=a) for a in axes)} ..."
+
+
+def _pad_end(x: Tensor, padding: list[int]) -> Tensor:
+    """Appends zeros to the grid axes, or, where negative, cuts their ends off."""
+    if _all_zero(padding):
+        return x
+    trailing = [0] * (2 * (x.ndim - 1 - len(padding)))
+    return F.pad(x, trailing + [amount for pad in reversed(padding) for amount in (0, pad)])
+
+
+def _padding(grid: Sequence[int], window: Sequence[int]) -> list[int]:
+    return [(size + w - 1) // w * w - size for size, w in zip(grid, window)]
+
+
+def _all_zero(padding: list[int]) -> bool:
+    # A symbolic size, met while a graph with dynamic sizes is exported, counts as padded: one graph serves all sizes.
+    return all(isinstance(pad, int) and pad == 0 for pad in padding)

@@ -1,0 +1,60 @@
+"""Tables of relative position biases: one entry per head and per offset, key minus query, along each axis.
+
+A table for windows of w positions per axis has the shape (heads, 2w - 1, ...); entry w - 1 is the query itself.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def crop_relative_bias(table: Tensor, window: Sequence[int]) -> Tensor:
+    """The centre of a table, as a smaller window needs it: (heads, 2w - 1, ...) -> (heads, 2 * window - 1, ...).
+
+    Example:
+        >>> crop_relative_bias(torch.arange(7.0).view(1, 7), (2,)).tolist()
+        [[2.0, 3.0, 4.0]]
+    """
+    for axis, size in enumerate(window, start=1):
+        centre = table.shape[axis] // 2
+        table = table.narrow(axis, centre - (size - 1), 2 * size - 1)
+    return table
+
+
+def expand_relative_bias(table: Tensor, window: Sequence[int]) -> Tensor:
+    """The bias of every pair of positions in one window: bias[h, q, k] = table[h, k - q + window - 1].
+
+    Args:
+        table: (heads, 2 * window - 1 per axis).
+        window: positions per axis.
+
+    Returns:
+        (heads, prod(window), prod(window)): query, then key, both in row-major order.
+
+    Example:
+        >>> expand_relative_bias(torch.tensor([[-1.0, 0.0, 1.0]]), (2,)).tolist()
+        [[[0.0, 1.0], [-1.0, 0.0]]]
+    """
+    rank = len(window)
+    index = []
+    for axis, size in enumerate(window):
+        position = torch.arange(size, device=table.device)
+        offset = position[None, :] - position[:, None] + size - 1
+        index.append(offset.view([size if a % rank == axis else 1 for a in range(2 * rank)]))
+    return table[(slice(None), *index)].flatten(1 + rank).flatten(1, rank)
+
+
+def resize_relative_bias(table: Tensor, window: Sequence[int]) -> Tensor:
+    """Interpolates a table for another window, bicubic on two axes and linear on one or three.
+
+    Example:
+        >>> resize_relative_bias(torch.randn(4, 13, 13), (11, 11)).shape
+        torch.Size([4, 21, 21])
+    """
+    size = [2 * w - 1 for w in window]
+    if list(table.shape[1:]) == size:
+        return table
+    mode = {1: "linear", 2: "bicubic", 3: "trilinear"}[len(size)]
+    return F.interpolate(table[None].float(), size=size, mode=mode, align_corners=False)[0].to(table.dtype)
