@@ -42,7 +42,18 @@ def test_help_does_not_load_torch() -> None:
 
 
 def test_the_module_runs_as_a_program_and_reports_errors_without_a_traceback() -> None:
-    command = [sys.executable, "-m", "gridattn", "show", "--image", "nowhere.png", "--out", "x.png", "--attention", "global"]
+    command = [
+        sys.executable,
+        "-m",
+        "gridattn",
+        "show",
+        "--image",
+        "nowhere.png",
+        "--out",
+        "x.png",
+        "--attention",
+        "global",
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1

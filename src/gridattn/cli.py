@@ -1,6 +1,7 @@
 """The command `gridattn`. Each command calls one function of the rooms; heavy imports happen inside the commands."""
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 USER_ERRORS = (ValueError, OSError, ModuleNotFoundError)
+JSON_ONLY = ("options", "title", "year")  # too wide for a table
 PASS_THROUGH = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
 
 SystemName = Annotated[str, typer.Argument(help="One of `gridattn list --systems`.")]
@@ -99,39 +101,58 @@ def list_(
         print(json.dumps(rows, indent=2))
         return
     for kind, found in rows.items():
-        _print_table(f"{kind} ({len(found)})", found)
+        narrow = [{key: value for key, value in row.items() if key not in JSON_ONLY} for row in found]
+        _print_table(f"{kind} ({len(found)})", narrow)
 
 
 @app.command(context_settings=PASS_THROUGH, epilog="Example: `gridattn train classify --recipe demo --epochs 3`")
 def train(ctx: typer.Context, system: SystemName) -> None:
     """Train a system; `gridattn train classify --help` lists its settings."""
-    from gridattn.systems import get_system
-
-    record = get_system(system)
-    metrics = record.train(record.parse(ctx.args))
-    print(json.dumps(metrics, indent=2))
+    record = _system(ctx, system)
+    _print_json(record.train(record.parse(ctx.args)))
 
 
-@app.command(context_settings=PASS_THROUGH, epilog="Example: `gridattn evaluate classify --checkpoint runs/latest --data textures`")
+@app.command(
+    context_settings=PASS_THROUGH,
+    epilog="Example: `gridattn evaluate classify --checkpoint runs/latest --data textures`",
+)
 def evaluate(ctx: typer.Context, system: SystemName) -> None:
     """Measure a trained model on labelled data; `gridattn evaluate classify --help` lists its settings."""
-    from gridattn.systems import get_system
+    record = _system(ctx, system)
+    from gridattn.lab.arguments import call
 
-    print(json.dumps(call(get_system(system).evaluate, ctx.args, f"gridattn evaluate {system}"), indent=2))
+    _print_json(call(record.evaluate, ctx.args, f"gridattn evaluate {system}"))
 
 
-@app.command(context_settings=PASS_THROUGH, epilog="Example: `gridattn predict classify photo.jpg --checkpoint runs/latest`")
-def predict(ctx: typer.Context, system: SystemName) -> None:
-    """Run a trained model on new data; writes JSON, CSV and pictures. `gridattn predict classify --help` lists its settings."""
-    from gridattn.systems import get_system
+@app.command(
+    context_settings=PASS_THROUGH,
+    epilog="Example: `gridattn predict classify photo.jpg --checkpoint runs/latest --out predictions`",
+)
+def predict(
+    ctx: typer.Context,
+    system: SystemName,
+    out: Annotated[Path, typer.Option("--out", "--output", help="Folder for JSON, CSV and pictures.")] = Path(
+        "predictions"
+    ),
+    unseen: Annotated[
+        str | None, typer.Option(help="Instead of files: one validation image of every class of this dataset.")
+    ] = None,
+) -> None:
+    """Run a trained model on new data; `gridattn predict classify --help` lists its settings."""
+    record = _system(ctx, system)
+    from gridattn.lab.arguments import call
+    from gridattn.lab.samples import write_unseen
 
-    print(json.dumps(call(get_system(system).predict, ctx.args, f"gridattn predict {system}"), indent=2))
+    files = [] if unseen is None else write_unseen(unseen, 64, out / "unseen")
+    _print_json(call(record.predict, [*map(str, files), *ctx.args, "--output", str(out)], f"gridattn predict {system}"))
 
 
 @app.command(epilog="Example: `gridattn compare --attention neighborhood,window,global --data textures --epochs 5`")
 def compare(
     attention: Annotated[str | None, typer.Option(help="Names with commas between, patterns, or 'all'.")] = None,
-    recipe: Annotated[str | None, typer.Option(help="Settings to start from: a name such as demo, or a YAML file.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="Settings to start from: a name such as demo, or a YAML file.")
+    ] = None,
     data: Annotated[str | None, typer.Option(help="One of `gridattn list --datasets`.")] = None,
     image_size: Annotated[int | None, typer.Option(help="Height and width of the images, pixels.")] = None,
     host: Annotated[str | None, typer.Option(help="Backbone whose attention is exchanged.")] = None,
@@ -142,9 +163,12 @@ def compare(
     limit_batches: Annotated[int | None, typer.Option(help="At most so many batches in each epoch.")] = None,
     option: Annotated[list[str] | None, typer.Option(help="NAME.KEY=VALUE for one mechanism; may be repeated.")] = None,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="KEY=VALUE, any setting of `gridattn train classify`; may be repeated.")
+        list[str] | None,
+        typer.Option("--set", help="KEY=VALUE, any setting of `gridattn train classify`; may be repeated."),
     ] = None,
-    image: Annotated[str | None, typer.Option(help="Picture for the attention maps: a file or a photograph's name.")] = None,
+    image: Annotated[
+        str | None, typer.Option(help="Picture for the attention maps: a file or a photograph's name.")
+    ] = None,
     query: Annotated[str | None, typer.Option(help="ROW,COLUMN of the query point, in fractions or pixels.")] = None,
     out: Annotated[str | None, typer.Option(help="Folder of the results.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Reuse finished trainings with the same settings.")] = False,
@@ -182,15 +206,22 @@ def compare(
         raise ValueError(f"{len(failed)} of {len(results['attentions'])} attentions failed: {', '.join(failed)}")
 
 
-@app.command(epilog="Example: `gridattn show --image astronaut --attention neighborhood,window --query 0.3,0.45 --out look.png`")
+@app.command(
+    epilog="Example: `gridattn show --image astronaut --attention neighborhood,window --query 0.3,0.45 --out look.png`"
+)
 def show(
     out: Annotated[Path, typer.Option(help="PNG, PDF or SVG file for the picture.")],
-    image: Annotated[str, typer.Option(help="An image file, or an embedded photograph such as astronaut or coffee.")] = "astronaut",
+    image: Annotated[
+        str, typer.Option(help="An image file, or an embedded photograph such as astronaut or coffee.")
+    ] = "astronaut",
     attention: Annotated[str | None, typer.Option(help="Names with commas between, patterns, or 'all'.")] = None,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="A run of train or compare; without it the weights are random and show the reach.")
+        Path | None,
+        typer.Option(help="A run of train or compare; without it the weights are random and show the reach."),
     ] = None,
-    query: Annotated[str, typer.Option(help="ROW,COLUMN: fractions such as 0.5,0.25, or pixels such as 120,80.")] = "0.5,0.5",
+    query: Annotated[
+        str, typer.Option(help="ROW,COLUMN: fractions such as 0.5,0.25, or pixels such as 120,80.")
+    ] = "0.5,0.5",
     layer: Annotated[int, typer.Option(help="Number of the attention layer; negative ones count from the end.")] = -1,
     image_size: Annotated[int | None, typer.Option(help="Shorter side that the image is scaled to, pixels.")] = None,
     seed: Annotated[int, typer.Option(help="Of random weights.")] = 0,
@@ -213,6 +244,22 @@ def show(
     )
     lab.save(shown, out, json_out)
     print(out)
+
+
+def _system(ctx: typer.Context, slug: str) -> Any:
+    """The record of a system; prints the command's own help where no system is named."""
+    if slug in ("-h", "--help"):
+        print(ctx.get_help())
+        raise typer.Exit
+    from gridattn.systems import get_system
+
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("gridattn").setLevel(logging.INFO)
+    return get_system(slug)
+
+
+def _print_json(content: Any) -> None:
+    print(json.dumps(content, indent=2))
 
 
 def _say(text: str) -> None:

@@ -119,7 +119,7 @@ def _digits(image_size: int, seed: int, verify: bool) -> _Source:
 
     digits: Any = load_digits()
     train, val = _arrays((digits.images * (255 / 16)).astype(np.uint8), digits.target.tolist(), seed)
-    preprocess = Preprocess(image_size, mean=(0.306,) * 3, std=(0.376,) * 3, crop=1.0, interpolation="bilinear")
+    preprocess = Preprocess(image_size, mean=(0.305,) * 3, std=(0.376,) * 3, crop=1.0, interpolation="bilinear")
     augment = PLAIN | {"scale": (0.7, 1.0), "ratio": (0.9, 1.1)}
     return _Source([str(i) for i in range(10)], train, val, preprocess, augment)
 
@@ -128,7 +128,7 @@ def _faces(image_size: int, seed: int, verify: bool) -> _Source:
     from skimage.data import lfw_subset
 
     train, val = _arrays((lfw_subset() * 255).astype(np.uint8), [1] * 100 + [0] * 100, seed)
-    preprocess = Preprocess(image_size, mean=(0.44,) * 3, std=(0.23,) * 3, crop=1.0, interpolation="bilinear")
+    preprocess = Preprocess(image_size, mean=(0.377,) * 3, std=(0.273,) * 3, crop=1.0, interpolation="bilinear")
     augment = PLAIN | {"scale": (0.6, 1.0), "ratio": (0.8, 1.25), "hflip": 0.5, "color_jitter": 0.4}
     return _Source(["other", "face"], train, val, preprocess, augment)
 
@@ -147,7 +147,8 @@ def _textures(image_size: int, seed: int, verify: bool) -> _Source:
 def texture_source(photographs: Mapping[str, Image.Image], image_size: int, crops: int = 320) -> _Source:
     """Crops of photographs, one class a photograph: training crops at random, validation crops on a fixed raster.
 
-    The right 30 % of every photograph is for validation alone; no training crop reaches into it, and the other way round.
+    The right 30 % of every photograph is for validation alone: no training crop reaches into it, and the other way
+    round.
 
     Args:
         photographs: class name -> picture.
@@ -170,7 +171,7 @@ def texture_source(photographs: Mapping[str, Image.Image], image_size: int, crop
         held += [photograph.crop((x, y, x + image_size, y + image_size)) for x, y in corners]
         labels += [label] * len(corners)
     train = Pictures(regions * crops, list(range(len(regions))) * crops, _same)
-    preprocess = Preprocess(image_size, mean=(0.47,) * 3, std=(0.18,) * 3, crop=None)
+    preprocess = Preprocess(image_size, mean=(0.466,) * 3, std=(0.139,) * 3, crop=None)
     tile = RandomTile(image_size)
     return _Source(list(photographs), train, Pictures(held, labels, _same), preprocess, tile=tile)
 
@@ -226,19 +227,19 @@ def load_dataset(
     * `digits`: the 1797 handwritten digits, 8x8 pixels, that come with scikit-learn; ten classes.
     * `faces`: 200 photographs, 25x25 pixels, of faces and of other things, that come with scikit-image.
     * `textures`: crops of scikit-image's 512x512 photographs of brick, grass and gravel, at their own scale.
-    * `folder:PATH`: PATH/<class>/**/<image>, or PATH/train/<class>/** and PATH/val/<class>/**. Without the two sub-folders
-      a fifth of every class, drawn by `seed`, is held out for validation.
+    * `folder:PATH`: PATH/<class>/**/<image>, or PATH/train/<class>/** and PATH/val/<class>/**. Without the two
+      sub-folders a fifth of every class, drawn by `seed`, is held out for validation.
 
     Args:
         spec: one of `list_datasets()`.
         image_size: height and width of the tensors, pixels; at least 8.
         seed: of the split and of every augmentation.
         augment: keywords of `timm.data.create_transform` for training, laid over the dataset's own.
-        verify: decode every file of a folder once, to name and pass over the damaged ones. Without it a damaged file stops
-            the training with its name.
+        verify: decode every file of a folder once, to name and pass over the damaged ones. Without it a damaged file
+            stops the training with its name.
 
     Raises:
-        ValueError: an unknown name, a size out of range, an unknown augmentation, or a folder that holds no usable dataset.
+        ValueError: an unknown name, a size out of range, an unknown augmentation, or a folder without a usable dataset.
 
     Example:
         >>> data = load_dataset("textures", image_size=32)

@@ -22,8 +22,8 @@ def read_folder(path: str | Path, *, seed: int, verify: bool, split: Split) -> t
         The class names, the training files and the validation files with their labels.
 
     Raises:
-        ValueError: a folder that is missing, holds no class folders, has a class without a usable image, or whose validation
-            part has a class that its training part lacks.
+        ValueError: a folder that is missing, holds no class folders, has a class without a usable image, or whose
+            validation part has a class that its training part lacks.
     """
     root = Path(path).expanduser()
     if not root.is_dir():
@@ -41,7 +41,8 @@ def read_folder(path: str | Path, *, seed: int, verify: bool, split: Split) -> t
     for label, name in enumerate(classes):
         if sum(other == label for _, other in files) < 2:
             raise ValueError(
-                f"class folder {str(root / name)!r} has a single usable image; a split into training and validation needs two"
+                f"class folder {str(root / name)!r} has a single usable image; "
+                "a split into training and validation needs two"
             )
     first, second = split([label for _, label in files], 0.2, seed)
     return classes, [files[i] for i in first], [files[i] for i in second]

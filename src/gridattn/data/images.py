@@ -1,4 +1,4 @@
-"""Image files: finding them, reading any of them as 8-bit RGB, and sorting out the unreadable ones before work starts."""
+"""Image files: finding them, reading any of them as 8-bit RGB, and sorting out the damaged ones before work starts."""
 
 import logging
 import warnings
@@ -16,8 +16,8 @@ def read_image(path: str | Path) -> Image.Image:
     """Reads an image file as 8-bit RGB.
 
     Any format and mode that Pillow opens: grey, palette and CMYK are converted, transparency is laid over white, 16-bit
-    values are divided by 257, floating-point values are stretched from their own range to 0..255, the EXIF orientation is
-    applied, and of several frames the first is taken.
+    values are divided by 257, floating-point values are stretched from their own range to 0..255, the EXIF orientation
+    is applied, and of several frames the first is taken.
 
     Raises:
         ValueError: a file that is missing, or cannot be decoded whole.
@@ -58,9 +58,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def find_images(folder: str | Path) -> list[Path]:
-    """Image files below `folder`, nested ones included, in alphabetical order; hidden files and folders are passed over.
+    """Image files below `folder`, nested ones included, in alphabetical order.
 
-    A file counts as an image by its suffix, one of those that Pillow can open.
+    A file counts as an image by its suffix, one of those that Pillow opens; hidden files and folders are passed over.
     """
     folder = Path(folder)
     Image.init()

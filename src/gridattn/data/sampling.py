@@ -1,8 +1,8 @@
 """Order and randomness of training samples as pure functions of (seed, epoch, index), so that a run can stop anywhere.
 
-A *draw* is the number `epoch * size + index`: it names one look at one sample. The sampler hands out draws, and the dataset
-seeds every random generator from `(seed, draw)` before it augments. Which process or worker does it, and what was computed
-before, has no influence.
+A *draw* is the number `epoch * size + index`: it names one look at one sample. The sampler hands out draws, and the
+dataset seeds every random generator from `(seed, draw)` before it augments. Which process or worker does it, and what
+was computed before, has no influence.
 """
 
 import random
@@ -28,13 +28,14 @@ def seeded(*key: int) -> Iterator[None]:
         >>> bool(a == b)
         True
     """
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    # timm's transforms draw from numpy's global generator, so that this one has to be seeded.
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     try:
         seed_generators(*key)
         yield
     finally:
         random.setstate(states[0])
-        np.random.set_state(states[1])
+        np.random.set_state(states[1])  # noqa: NPY002
         torch.set_rng_state(states[2])
 
 
@@ -42,7 +43,7 @@ def seed_generators(*key: int) -> None:
     """Seeds the generators of `random`, numpy and the CPU generator of torch from a tuple of ints of at least 0."""
     words = np.random.SeedSequence(key).generate_state(3)
     random.seed(int(words[0]))
-    np.random.seed(words[1])
+    np.random.seed(words[1])  # noqa: NPY002
     torch.default_generator.manual_seed(int(words[2]))
 
 
@@ -83,10 +84,10 @@ class Draws(Dataset[tuple[Tensor, int]]):
 class EpochSampler(Sampler[int]):
     """Hands out the draws of one process, epoch by epoch.
 
-    Training (`shuffle=True`) permutes the samples by (seed, epoch) and drops the tail that does not fill one batch on every
-    process. Otherwise every sample comes once, in order, over all processes together; the processes that are short of one are
-    given a padding draw of -1, so that all take the same number of steps. Batch `b` of all processes together holds the same
-    samples for any number of processes with the same total batch size.
+    Training (`shuffle=True`) permutes the samples by (seed, epoch) and drops the tail that does not fill one batch on
+    every process. Otherwise every sample comes once, in order, over all processes together; the processes that are
+    short of one are given a padding draw of -1, so that all take the same number of steps. Batch `b` of all processes
+    together holds the same samples for any number of processes with the same total batch size.
 
     Args:
         data: what is sampled; only its length is used.

@@ -26,8 +26,8 @@ class Preprocess:
         image_size: height and width of the input, pixels.
         mean: per channel, subtracted after scaling to 0..1.
         std: per channel, divided by afterwards.
-        crop: part of the resized picture's side that the centre crop keeps, in (0, 1]; None keeps the picture's own scale and
-            only crops (or pads with black) to `image_size`.
+        crop: part of the resized picture's side that the centre crop keeps, in (0, 1]; None keeps the picture's own
+            scale and only crops (or pads with black) to `image_size`.
         interpolation: of the resize: "bilinear", "bicubic" or "nearest".
     """
 
@@ -40,7 +40,8 @@ class Preprocess:
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Preprocess":
         """Builds it from what `to_config` gave."""
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in config.items()})
+        values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in config.items()}
+        return cls(**values)
 
     def to_config(self) -> dict[str, Any]:
         """A dict of plain values for JSON."""
@@ -60,8 +61,8 @@ class Preprocess:
 
     def _at_own_scale(self, picture: Image.Image) -> Tensor:
         if picture.size != (self.image_size, self.image_size):
-            picture = center_crop(picture, [self.image_size])
-        mean, std = np.float32(self.mean), np.float32(self.std)
+            picture = center_crop(picture, [self.image_size])  # pyright: ignore[reportArgumentType, reportAssignmentType]
+        mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
         return torch.from_numpy((np.asarray(picture) / np.float32(255) - mean) / std).permute(2, 0, 1).contiguous()
 
 
@@ -70,8 +71,8 @@ def train_transform(preprocess: Preprocess, augment: Mapping[str, Any]) -> Calla
 
     Args:
         preprocess: size and normalisation.
-        augment: keywords of `timm.data.create_transform`, such as scale, ratio, hflip, vflip, color_jitter, auto_augment
-            ("rand-m9-mstd0.5-inc1"), re_prob, re_mode.
+        augment: keywords of `timm.data.create_transform`, such as scale, ratio, hflip, vflip, color_jitter, re_prob,
+            re_mode, and auto_augment ("rand-m9-mstd0.5-inc1").
 
     Raises:
         ValueError: a keyword that timm does not have, or a value that it refuses.

@@ -16,17 +16,18 @@ import torch.nn.functional as F
 import yaml
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from PIL import Image
 
 from gridattn.data import ImageDataset, load_dataset
 from gridattn.lab.bench import count_macs, latency, machine, step_memory
 from gridattn.lab.pictures import heat_axes
 from gridattn.lab.report import COLUMNS, render_report
+from gridattn.lab.samples import to_picture
 from gridattn.lab.selection import check_options, select_attentions
 from gridattn.lab.show import View, look, open_image, query_fractions, scale_image
 from gridattn.layers import attention_info
 from gridattn.models.common import Backbone
-from gridattn.systems.classify import ClassifySettings
+from gridattn.systems.base import pick_device
+from gridattn.systems.classify import ClassifySettings, load_classifier, train_classifier
 from gridattn.systems.output import RunFolder, atomic, write_csv, write_json
 from gridattn.systems.settings import check_least, check_names
 
@@ -160,7 +161,7 @@ def compare(settings: CompareSettings, *, command: str = "", log: Callable[[str]
     for name in names:
         settings.training(name, settings.seeds[0], out)
     data = load_dataset(settings.data, settings.image_size)
-    picture = open_image(settings.image) if settings.image else sample_picture(data)
+    picture = open_image(settings.image) if settings.image else to_picture(data.val[0][0], data)
     at = query_fractions(settings.query, picture.size)
 
     entries = {name: _head(name, settings) for name in names}
@@ -169,7 +170,7 @@ def compare(settings: CompareSettings, *, command: str = "", log: Callable[[str]
         log(f"[{number}/{len(names)}] {name}: {entries[name]['summary']}")
         try:
             runs = [_train(settings, name, seed, out, log) for seed in settings.seeds]
-            model = load_classifier(out / "models" / name).model
+            model = load_classifier(out / "models" / name).model.to(pick_device(None))
             entries[name] |= _accuracy(runs) | cost(model, settings.image_size)
             models[name] = model
         except Exception as error:  # any failure of one mechanism is a result, and the others must still be reported
@@ -193,17 +194,13 @@ def summary_rows(results: Row) -> list[Row]:
     """The results as printable rows, best first."""
     entries = sorted(results["attentions"], key=lambda entry: -entry.get("accuracy_mean", -1.0))
     return [
-        {"attention": entry["name"], **{c.heading: "" if "error" in entry else c.text(entry) for c in COLUMNS}, "error": entry.get("error", "")}
+        {
+            "attention": entry["name"],
+            **{c.heading: "" if "error" in entry else c.text(entry) for c in COLUMNS},
+            "error": entry.get("error", ""),
+        }
         for entry in entries
     ]
-
-
-def sample_picture(data: ImageDataset) -> Image.Image:
-    """The first validation image as the network sees it."""
-    pixels, _ = data.val[0]
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (data.mean, data.std))
-    array = ((pixels * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)
-    return Image.fromarray(array.movedim(0, -1).numpy())
 
 
 def cost(model: Backbone, image_size: int) -> Row:
@@ -257,13 +254,24 @@ def _train(settings: CompareSettings, name: str, seed: int, out: Path, log: Call
     with folder.history.open(newline="", encoding="utf-8") as file:
         history = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
     curve = [
-        {"epoch": int(row["epoch"]), "accuracy": row["val_accuracy"], "val_loss": row["val_loss"], "train_loss": row["train_loss"]}
+        {
+            "epoch": int(row["epoch"]),
+            "accuracy": row["val_accuracy"],
+            "val_loss": row["val_loss"],
+            "train_loss": row["train_loss"],
+        }
         for row in history
     ]
     best = max(point["accuracy"] for point in curve)
     seconds = sum(row["seconds"] for row in history)
     log(f"    seed {seed}: accuracy {best:.3f} after {seconds:.0f} s")
-    return {"seed": seed, "accuracy": best, "seconds": seconds, "model": path.relative_to(out).as_posix(), "curve": curve}
+    return {
+        "seed": seed,
+        "accuracy": best,
+        "seconds": seconds,
+        "model": path.relative_to(out).as_posix(),
+        "curve": curve,
+    }
 
 
 def _stored(folder: RunFolder) -> Any:
@@ -306,7 +314,16 @@ def _results(settings: CompareSettings, data: ImageDataset, entries: Sequence[Ro
 
 
 def _flat(entry: Row) -> Row:
-    keep = ("name", "accuracy_mean", "accuracy_std", "parameters", "macs", "latency_ms", "memory_bytes", "train_seconds")
+    keep = (
+        "name",
+        "accuracy_mean",
+        "accuracy_std",
+        "parameters",
+        "macs",
+        "latency_ms",
+        "memory_bytes",
+        "train_seconds",
+    )
     return {key: entry.get(key, "") for key in (*keep, "error")}
 
 

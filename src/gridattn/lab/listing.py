@@ -7,7 +7,7 @@ from typing import Any
 from gridattn.catalog import PAPERS
 from gridattn.data import list_datasets
 from gridattn.layers import attention_info, list_attentions
-from gridattn.models import list_models
+from gridattn.models import list_models, model_info
 from gridattn.systems import get_system, list_systems
 
 Row = dict[str, Any]
@@ -54,7 +54,7 @@ def _attentions() -> list[Row]:
 
 
 def _models() -> list[Row]:
-    return [{"name": name} for name in list_models()]
+    return [{"name": name, "source": model_info(name).source} for name in list_models()]
 
 
 def _systems() -> list[Row]:

@@ -132,7 +132,7 @@ def save_pattern(name: str, path: str | Path, size: int = 14) -> None:
 
 def kind_of_map(exact: bool) -> str:
     """What a map shows, for titles."""
-    return "attention weights" if exact else "gradients (no weights to show)"
+    return "attention weights" if exact else "gradients, as it has no weights"
 
 
 def colour_bar(figure: Figure, axes: Sequence[Axes], colours: Colormap) -> None:

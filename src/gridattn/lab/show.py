@@ -16,6 +16,7 @@ from gridattn.lab.pictures import HEAT, colour_bar, heat_axes, kind_of_map
 from gridattn.lab.selection import check_options, select_attentions
 from gridattn.models import create_model
 from gridattn.models.common import Backbone
+from gridattn.systems.classify import load_classifier
 from gridattn.systems.output import write_json
 
 HOST = "grid_vit_micro"
@@ -87,10 +88,10 @@ def show(
 
     Args:
         image: an image file, the name of an embedded photograph (`PHOTOGRAPHS`), or a picture.
-        attention: names or patterns (`select_attentions`). With a checkpoint it may be left out, and must otherwise be what
-            the checkpoint holds.
-        checkpoint: a run of `gridattn train`, or the folder of a `gridattn compare`, which holds one for each mechanism. Without one,
-            a network with random weights shows what each mechanism can reach.
+        attention: names or patterns (`select_attentions`). With a checkpoint it may be left out, and must otherwise be
+            what the checkpoint holds.
+        checkpoint: a run of `gridattn train`, or the folder of a `gridattn compare`, which holds one for each mechanism.
+            Without one, a network with random weights shows what each mechanism can reach.
         query: (row, column); floats are fractions of the image's height and width, ints are pixels.
         layer: number of the layer; negative ones count from the end.
         image_size: shorter side that the image is scaled to; the checkpoint's own where there is one, else 128.
@@ -231,14 +232,15 @@ def look(
     pixels = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)[None] / 255
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (preprocess.mean, preprocess.std))
     network.eval()
-    inputs = network.attention_inputs((pixels - mean) / std)
+    device = next(network.parameters()).device
+    inputs = network.attention_inputs(((pixels - mean) / std).to(device))
     if not -len(inputs) <= layer < len(inputs):
         raise ValueError(f"layer={layer} does not exist; the network has {len(inputs)} layers, 0 to {len(inputs) - 1}")
     number = layer % len(inputs)
     _, attention, tokens = inputs[number]
     rows, columns = tokens.shape[1:-1]
     query = int(at[0] * rows), int(at[1] * columns)
-    weights = attention.attention_map(tokens, query).detach().float().mean((0, 1)).numpy()
+    weights = attention.attention_map(tokens, query).detach().float().mean((0, 1)).cpu().numpy()
     weights = weights / max(float(weights.sum()), np.finfo(np.float32).tiny)
     return View(name, weights, attention.exact_map, query, number, trained)
 
@@ -248,26 +250,43 @@ def draw_views(image: NDArray[np.uint8], views: Sequence[View]) -> Figure:
     columns = min(4, len(views) + 1)
     rows = -(-(len(views) + 1) // columns)
     aspect = image.shape[0] / image.shape[1]
-    figure = Figure(figsize=(3.2 * columns + 0.8, rows * (3.2 * aspect + 0.5)), layout="constrained", dpi=120)
+    figure = Figure(figsize=(3.2 * columns + 0.8, rows * (3.2 * aspect + 0.55)), layout="constrained", dpi=120)
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     nothing = np.zeros_like(views[0].weights)
     heat_axes(axes[0], image, nothing, views[0].query)
     axes[0].set_title("query point", fontsize=10)
     for panel, view in zip(axes[1:], views):
         heat_axes(panel, image, view.weights, view.query)
-        panel.set_title(f"{view.attention}\n{caption(view)}", fontsize=9)
+        panel.set_title(f"{view.attention}\n{caption(view)}", fontsize=8.5)
     for panel in axes[len(views) + 1 :]:
         panel.remove()
-    colour_bar(figure, axes[: len(views) + 1], HEAT)
+    colour_bar(figure, axes[:columns], HEAT)
     return figure
 
 
 def caption(view: View) -> str:
     """One line below the name: which layer, what is drawn, trained or not."""
-    return f"layer {view.layer}, {kind_of_map(view.exact)}{'' if view.trained else ', untrained'}"
+    return f"{'' if view.trained else 'untrained, '}layer {view.layer}: {kind_of_map(view.exact)}"
 
 
-def _trained(a, b): ...
+def _trained(attention: str | Sequence[str] | None, path: Path) -> list[tuple[str, Backbone, Preprocess]]:
+    if (path / "models").is_dir():
+        held = sorted(folder.name for folder in (path / "models").iterdir() if folder.is_dir())
+        names = held if attention is None else select_attentions(attention)
+        for name in names:
+            if name not in held:
+                raise ValueError(f"checkpoint={str(path)!r} holds no model with attention {name!r}; it holds {held}")
+        return [network for name in names for network in _trained(None, path / "models" / name)]
+    classifier = load_classifier(path)
+    model = classifier.model
+    if not model.attention_layers():
+        raise ValueError(
+            f"checkpoint={str(path)!r} holds the model {model.config['name']!r}, which has no attention layers"
+        )
+    name = model.config.get("attention", model.config["name"])
+    if attention is not None and select_attentions(attention) != [name]:
+        raise ValueError(f"checkpoint={str(path)!r} holds a model with attention {name!r}, not {attention!r}")
+    return [(name, model, classifier.preprocess)]
 
 
 def _untrained(

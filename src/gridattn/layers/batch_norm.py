@@ -17,3 +17,10 @@ class GridBatchNorm(nn.BatchNorm1d):
     def forward(self, input: Tensor) -> Tensor:
         """(B, *grid, C) -> (B, *grid, C)."""
         return super().forward(input.reshape(-1, input.shape[-1])).view(input.shape)
+
+    def gain_and_offset(self) -> tuple[Tensor, Tensor]:
+        """(gain, offset), each (C), such that in eval mode the output is gain * input + offset."""
+        assert self.running_var is not None
+        assert self.running_mean is not None
+        gain = self.weight * (self.running_var + self.eps).rsqrt()
+        return gain, self.bias - self.running_mean * gain

@@ -150,7 +150,7 @@ class HaloAttention(GridAttention):
         return project + relative + queries * prod(windows) * 2 * self._fused_width()
 
     def memory(self, grid: Sequence[int], bytes_per_element: int = 4) -> int:
-        """Input, query, key, value, output, the keys and values of all windows, and the logits where they are stored."""
+        """Input, query, key, value, output, the keys and values of all windows, and the logits if stored."""
         windows, queries = self._sizes(grid)
         keys = self.num_heads * prod(-(-size // b) * w for size, b, w in zip(grid, self.block_size, windows))
         stored = 2 * queries * prod(windows) if is_small(queries * prod(windows), torch.device("cpu")) else 0

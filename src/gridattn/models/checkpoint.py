@@ -22,8 +22,8 @@ def save_model(model: nn.Module, path: str | PathLike[str]) -> Path:
 
     Args:
         model: built by `create_model`.
-        path: a folder, which then holds `model.safetensors` and `config.json`, or a `*.safetensors` file, beside which a
-            `*.json` of the same name is put.
+        path: a folder, which then holds `model.safetensors` and `config.json`, or a `*.safetensors` file, beside which
+            a `*.json` of the same name is put.
 
     Returns:
         The path of the weights.

@@ -1,4 +1,4 @@
-"""What backbones share: the interface that timm's users know, residual blocks around a grid attention, and their inputs."""
+"""What backbones share: an interface as in timm, residual blocks around a grid attention, and their inputs."""
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -77,8 +77,8 @@ class Backbone(nn.Module):
         """Raises ValueError unless `images` is (B, in_chans, *size) with as many axes as the model's grid."""
         if images.ndim != self.rank + 2 or images.shape[1] != self.in_chans:
             raise ValueError(
-                f"images has shape {tuple(images.shape)}; {type(self).__name__} takes (batch, {self.in_chans} channels, "
-                f"{self.rank} axes)"
+                f"images has shape {tuple(images.shape)}; {type(self).__name__} takes "
+                f"(batch, {self.in_chans} channels, {self.rank} axes)"
             )
 
     def get_classifier(self) -> nn.Module:

@@ -80,8 +80,8 @@ class FeatureMaps(nn.Module):
     def load_official(self, state: dict[str, Tensor]) -> None:
         """Loads the published state dict of the family: of a detector's backbone, or of a classifier.
 
-        `norm.*` and `head.*` of a classifier are left out, as there is nothing here that they belong to; the `norm{i}` that a
-        classifier lacks keep their initial values.
+        `norm.*` and `head.*` of a classifier are left out, as there is nothing here that they belong to; the `norm{i}`
+        that a classifier lacks keep their initial values. A detector's `norm{i}` of a map not asked for is left out.
         """
         own = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("body.")}
         taps = {name: state[name] for name in own if name in state}

@@ -1,4 +1,4 @@
-"""GridViT: one plain transformer that hosts any registered attention, so that mechanisms can be compared on equal terms."""
+"""GridViT: one plain transformer that hosts any registered attention, to compare mechanisms on equal terms."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,14 +15,14 @@ from gridattn.ops.common import check_probability, per_axis
 class GridViT(Backbone):
     """Vision transformer on a grid of 1, 2 or 3 axes, with one resolution or several.
 
-    patch embedding -> [position encoding -> blocks of attention and MLP -> downsampling by 2] per level -> LN -> mean -> linear
+    patches -> [position encoding -> blocks of attention and MLP -> downsampling by 2] per level -> LN -> mean -> linear
 
-    Position enters once per level as x + depthwise_conv3(x) (conditional position encoding, arXiv 2102.10882): the same for every
-    mechanism, and for any grid size. Images that patches do not fill are padded with zeros at their end.
+    Position enters once per level as x + depthwise_conv3(x) (conditional position encoding, arXiv 2102.10882): the same
+    for every mechanism, and for any grid size. Images that patches do not fill are padded with zeros at their end.
 
     Args:
-        img_size: nominal image size, an int (two equal axes) or one int per axis; its length is the rank. Other sizes of that
-            rank can be fed to the model.
+        img_size: nominal image size, an int (two equal axes) or one int per axis; its length is the rank. Other sizes
+            of that rank can be fed to the model.
         patch_size: side of the non-overlapping patches.
         in_chans: image channels.
         num_classes: 0 leaves the classifier out.
@@ -30,7 +30,7 @@ class GridViT(Backbone):
         depths: blocks per level.
         num_heads: heads per level.
         mlp_ratio: hidden width of the MLPs over the channels.
-        attention: registry name, one for all levels or one per level. `"a+b"` alternates between a and b over the blocks.
+        attention: registry name, one for all levels or one per level; `"a+b"` alternates over the blocks.
         attention_options: keywords for `create_attention`, one mapping for all levels or one per level.
         drop_rate: dropout in the MLPs.
         drop_path_rate: stochastic depth, growing linearly to this rate.
@@ -40,9 +40,9 @@ class GridViT(Backbone):
 
     Example:
         >>> import torch
-        >>> model = GridViT(img_size=(16, 32, 32), patch_size=8, in_chans=1, dims=32, depths=2, num_heads=2, num_classes=5)
+        >>> model = GridViT((16, 32, 32), patch_size=8, in_chans=1, dims=32, depths=2, num_heads=2, attention="window")
         >>> model(torch.randn(1, 1, 16, 40, 32)).shape
-        torch.Size([1, 5])
+        torch.Size([1, 1000])
     """
 
     tap_norm = True
@@ -71,7 +71,7 @@ class GridViT(Backbone):
         check_probability("drop_path_rate", drop_path_rate)
         names = (attention,) * len(dims) if isinstance(attention, str) else tuple(attention)
         shared = attention_options is None or isinstance(attention_options, Mapping)
-        options = (attention_options or {},) * len(dims) if shared else tuple(attention_options or ())
+        options: Any = (attention_options or {},) * len(dims) if shared else tuple(attention_options or ())
         check_level_lists(dims=dims, attention=names, attention_options=options)
         for name in (part for level in names for part in level.split("+")):
             attention_info(name)

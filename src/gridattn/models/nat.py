@@ -2,7 +2,8 @@
 
 stem -> [blocks -> downsampler] x levels -> LN -> mean -> linear, with neighborhood attention in every block.
 
-Sources: Neighborhood Attention Transformer, arXiv 2204.07143; Dilated Neighborhood Attention Transformer, arXiv 2209.15001.
+Sources: Neighborhood Attention Transformer, arXiv 2204.07143; Dilated Neighborhood Attention Transformer, arXiv
+2209.15001.
 """
 
 import re
@@ -41,8 +42,8 @@ class NAT(Backbone):
         depths: blocks per level.
         num_heads: heads per level.
         kernel_size: side of the windows.
-        dilations: per level, dilations of its blocks, repeated as often as needed; or a preset for dense prediction, one of
-            `"coco"`, `"ade20k"`, `"ade20k_640"`, `"mask2former"`. None: 1 everywhere.
+        dilations: per level, dilations of its blocks, repeated as often as needed; or a preset for dense prediction,
+            one of `"coco"`, `"ade20k"`, `"ade20k_640"`, `"mask2former"`. None: 1 everywhere.
         mlp_ratio: hidden width of the MLPs over the channels.
         layer_scale: initial value of the residual branches' learned factors; None for none.
         qkv_bias: bias in the query/key/value projections.
@@ -145,8 +146,8 @@ class NAT(Backbone):
     def load_official(self, state: dict[str, Tensor]) -> None:
         """Loads a published state dict, strictly.
 
-        Position tables of another kernel size are interpolated. `attn.relative_position_index`, a constant in the files of
-        ViT-rpb, is left out.
+        Position tables of another kernel size are interpolated. `attn.relative_position_index`, a constant in the files
+        of ViT-rpb, is left out.
 
         Raises:
             CheckpointError: names or shapes of another model.
@@ -166,7 +167,7 @@ class NAT(Backbone):
 
 
 class DiNATs(NAT):
-    """DiNAT_s: dilated neighborhood attention in the layout of a window transformer, patches of 4 and merging of 2x2 patches.
+    """DiNAT_s: dilated neighborhood attention in the layout of a window transformer, with patches that merge 2x2.
 
     Arguments as in `NAT`. Source: arXiv 2209.15001.
 
@@ -196,9 +197,9 @@ class IsotropicNAT(DiNATs):
         embed_dim: channels.
         depth: blocks.
         num_heads: heads.
-        kernel_size: side of the windows; None for full attention over the nominal grid, with a bias for each of its offsets
-            (ViT-rpb). On a smaller grid it stays full; on a larger one build the model with that `img_size`, and tables of
-            another size are interpolated on loading.
+        kernel_size: side of the windows; None for full attention over the nominal grid, with a bias for each of its
+            offsets (ViT-rpb). On a smaller grid it stays full; for a larger one build the model with that `img_size`:
+            tables of another size are interpolated on loading.
         dilation: of the odd blocks; the even ones have 1.
         mlp_ratio: as in `NAT`.
         qkv_bias: as in `NAT`.
@@ -286,7 +287,7 @@ class ConvDownsample(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """Each 2x2 block of positions becomes one: concatenation (column by column), LayerNorm, linear to twice the channels."""
+    """Each 2x2 block becomes one position: concatenation, column by column, LayerNorm, linear to twice the channels."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -296,9 +297,8 @@ class PatchMerging(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, ceil(H / 2), ceil(W / 2), 2C)."""
         x = pad_to_multiple(x.movedim(-1, 1), 2)
-        return self.reduction(
-            self.norm(rearrange(x, "b c (h row) (w column) -> b h w (column row c)", row=2, column=2))
-        )
+        x = rearrange(x, "b c (h row) (w column) -> b h w (column row c)", row=2, column=2)
+        return self.reduction(self.norm(x))
 
 
 register_variants(NAT, NAT_VARIANTS, source="arXiv 2204.07143, arXiv 2209.15001", first_conv="patch_embed.proj.0")

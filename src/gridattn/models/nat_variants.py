@@ -1,6 +1,6 @@
 """Published variants of NAT, DiNAT, DiNAT_s and their isotropic forms, and dilations for dense prediction.
 
-Dilations are cycles: a level repeats its own over its blocks. Sources: arXiv 2204.07143 (NAT), arXiv 2209.15001 (DiNAT).
+Dilations are cycles: a level repeats its own over its blocks. Sources: arXiv 2204.07143 (NAT), 2209.15001 (DiNAT).
 """
 
 from typing import Any

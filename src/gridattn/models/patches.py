@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class PatchEmbed(nn.Module):
-    """Convolution with kernel = stride = `patch_size`, then LayerNorm; the input is padded with zeros at the end of each axis.
+    """Convolution with kernel = stride = `patch_size`, then LayerNorm; the input is padded with zeros at its ends.
 
     Args:
         in_chans: channels of the input.

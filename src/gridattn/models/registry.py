@@ -107,8 +107,8 @@ def create_model(
         features_only: returns a `FeatureMaps`: images in, a list of (B, C, H, W) maps out.
         out_indices: which maps, with `features_only`; all when None.
         drop_path_rate: stochastic depth; None takes the variant's own rate.
-        checkpoint: a weight file, ours or the family's published one. Where `num_classes` is given and the file has another
-            number, the head keeps its initial weights.
+        checkpoint: a weight file, ours or the family's published one. Where `num_classes` is given and the file has
+            another number, the head keeps its initial weights.
         **options: further keywords of the family (`model_info(name).options`).
 
     Returns:

@@ -1,4 +1,4 @@
-"""Weight files: reading them without running code, and putting them into a network with an error that says what differs."""
+"""Weight files: reading them without running code, and loading them with an error that says what differs."""
 
 import pickle
 import re
@@ -27,8 +27,8 @@ def load_checkpoint(path: str | PathLike[str]) -> dict[str, Tensor]:
     """Reads the state dict of a weight file.
 
     Args:
-        path: a safetensors file, or a pickled one of PyTorch, of which tensors and plain containers alone are read. Weights
-            nested under `state_dict` or `model` and prefixes of wrappers (`module.`) are unwrapped.
+        path: a safetensors file, or a pickled one of PyTorch, of which tensors and plain containers alone are read.
+            Weights nested under `state_dict` or `model` and prefixes of wrappers (`module.`) are unwrapped.
 
     Returns:
         Names and tensors, on the CPU.

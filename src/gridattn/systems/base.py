@@ -24,14 +24,9 @@ from gridattn.systems.callbacks import AtomicCheckpointIO, Keeper, StepSeed
 from gridattn.systems.output import RunFolder, load_run_checkpoint
 from gridattn.systems.settings import RunSettings, parse_settings
 
-# Lightning's remarks that do not apply here: the order of samples is resumed by EpochSampler, data loads in the training
-# process by choice, and short epochs are normal for embedded data.
-_NO_NEWS = (
-    "dataloader is not resumable",
-    "does not have many workers",
-    "smaller than the logging interval",
-    "LeafSpec",
-)
+# Remarks that do not apply here: the order of samples is resumed by EpochSampler, data loads in the training process by
+# choice, short epochs are normal for embedded data, and tree specifications are Lightning's own affair.
+_NO_NEWS = ("dataloader is not", "does not have many workers", "smaller than the logging interval", "LeafSpec")
 
 
 @dataclass(frozen=True)
@@ -166,7 +161,7 @@ def start_run(settings: RunSettings, same: Sequence[str]) -> RunFolder:
         for name in same:
             if stored.get(name) != getattr(settings, name):
                 raise ValueError(
-                    f"{name}={getattr(settings, name)!r} differs from {stored.get(name)!r} of the run to resume, {path!r}"
+                    f"{name}={getattr(settings, name)!r} differs from {stored.get(name)!r}, that of the run to resume"
                 )
     seed_generators(settings.seed)
     return folder
@@ -225,7 +220,9 @@ def fit(task: Task, train: Any, val: Any, folder: RunFolder, *, monitor: str, mo
                 if path is None:
                     folder.clear()
                 folder.write_settings(task.system, settings.stored())
-            trainer.fit(task, datamodule=Loaders(train, val, settings, keeper.position), ckpt_path=path, weights_only=True)
+            trainer.fit(
+                task, datamodule=Loaders(train, val, settings, keeper.position), ckpt_path=path, weights_only=True
+            )
         except MisconfigurationException as error:
             raise ValueError(" ".join(str(error).split())) from None
     return keeper.history

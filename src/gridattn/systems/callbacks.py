@@ -1,4 +1,4 @@
-"""What a training run adds to Lightning: seeds by step, checkpoints that are whole, and a history that survives a kill."""
+"""What a training run adds to Lightning: seeds by step, whole checkpoints, and a history that survives a kill."""
 
 import logging
 import time
@@ -25,8 +25,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class StepSeed(Callback):
-    """Seeds every generator from (seed, process, epoch, batch) before each step, so that dropout, drop path and mixup do not
-    depend on how the process came to that step."""
+    """Seeds every generator from (seed, process, epoch, batch) before each step.
+
+    Dropout, drop path and mixup then do not depend on how the process came to that step.
+    """
 
     def __init__(self, seed: int) -> None:
         self.seed = seed

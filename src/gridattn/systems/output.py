@@ -49,8 +49,8 @@ class RunFolder:
         history: one row an epoch, CSV.
         last: checkpoint of the whole state of the training, to resume from.
         best: the same, of the epoch with the best validation.
-        model: exported weights of that epoch, with `model.json` beside them.
-        last_model: exported weights of the last epoch.
+        model: folder of the exported model of that epoch.
+        last_model: folder of the exported model of the last epoch.
         result: metrics of the finished run, JSON.
         tensorboard: TensorBoard's event files.
     """
@@ -61,13 +61,13 @@ class RunFolder:
         self.history = self.path / "history.csv"
         self.last = self.path / "checkpoints" / "last.ckpt"
         self.best = self.path / "checkpoints" / "best.ckpt"
-        self.model = self.path / "model.safetensors"
-        self.last_model = self.path / "last.safetensors"
+        self.model = self.path / "model"
+        self.last_model = self.path / "last_model"
         self.result = self.path / "result.json"
         self.tensorboard = self.path / "tensorboard"
 
     def check(self, *, resume: bool, overwrite: bool) -> None:
-        """Raises ValueError where the folder holds another run that is neither resumed nor to be replaced."""
+        """Raises ValueError where the folder holds a run that is neither resumed nor to be replaced."""
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"output={str(self.path)!r} is a file; a folder is needed")
         if self.settings.exists() and not (resume or overwrite):
@@ -77,11 +77,10 @@ class RunFolder:
 
     def clear(self) -> None:
         """Removes what an earlier run left under the names above; other files stay."""
-        for folder in (self.last.parent, self.tensorboard):
+        for folder in (self.last.parent, self.tensorboard, self.model, self.last_model):
             shutil.rmtree(folder, ignore_errors=True)
-        for file in (self.settings, self.history, self.model, self.last_model, self.result):
-            for name in (file, file.with_suffix(".json")):
-                name.unlink(missing_ok=True)
+        for file in (self.settings, self.history, self.result):
+            file.unlink(missing_ok=True)
 
     def write_settings(self, system: str, settings: Mapping[str, Any]) -> None:
         """Stores the settings of the run of `system`."""

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
 from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -148,9 +149,9 @@ def read_recipe(slug: str, recipe: str) -> dict[str, Any]:
 def parse_settings(slug: str, kind: type[Settings], argv: Sequence[str]) -> Settings:
     """Fills settings from command line arguments.
 
-    `--recipe NAME_OR_PATH` comes first whatever its place, every other `--name value` is laid over it; entries of a mapping are
-    set by `--name.key value`. A flag without a value means true (`--overwrite`), or auto (`--resume`). `--resume` without a
-    recipe starts from the settings that the run folder holds.
+    `--recipe NAME_OR_PATH` comes first whatever its place, every other `--name value` is laid over it; entries of a
+    mapping are set by `--name.key value`. A flag without a value means true (`--overwrite`), or auto (`--resume`).
+    `--resume` without a recipe starts from the settings that the run folder holds.
 
     Raises:
         ValueError: an unknown setting or recipe, or a value of the wrong kind.
@@ -162,7 +163,7 @@ def parse_settings(slug: str, kind: type[Settings], argv: Sequence[str]) -> Sett
     known = {entry.name for entry in fields(kind)}
     argv = _split_flags(argv)
     check_names("setting", (a[2:].split(".")[0] for a in argv if a.startswith("--")), {*known, "recipe", "help"})
-    given = dict(zip(argv, argv[1:]))
+    given = dict(pairwise(argv))
     recipe = given.get("--recipe")
     if recipe is None and "--resume" in given:
         stored = Path(given.get("--output", kind.output)) / "settings.yaml"

@@ -1,11 +1,13 @@
-"""Neighborhood attention: the operators through the NATTEN interface."""
+"""Neighborhood attention: the operators through the NATTEN interface, and the backbones NAT and DiNAT."""
 
+import inspect
 from typing import Any
 
 import torch
 from case import Adapter, GoldenCase, Result
 
 import gridattn.compat.natten as natten
+from gridattn.models import NAT, DiNATs, IsotropicNAT
 
 ADDITIONAL = ("additional_keys", "additional_values")
 
@@ -51,7 +53,28 @@ def _token_permute(case: GoldenCase) -> Result:
     return results
 
 
+def _backbone(family: type[NAT]) -> Adapter:
+    def run(case: GoldenCase) -> Result:
+        known = inspect.signature(family).parameters
+        model = family(**{name: value for name, value in case.config.items() if name in known}).eval()
+        model.load_official(case.state)
+        levels: list[torch.Tensor] = []
+        for level in model.levels:
+            level.register_forward_hook(lambda _module, _args, out: levels.append(out[1]))
+        x = case.leaf("x")
+        features = model.forward_head(model.forward_features(x), pre_logits=True)
+        logits = model.head(features)
+        logits.backward(case.inputs["cotangent"])
+        results = {"out.patch_embed": model.patch_embed(x), "out.features": features, "out.logits": logits}
+        return results | {f"out.level{i}": out for i, out in enumerate(levels)} | {"grad.x": x.grad}
+
+    return run
+
+
 ADAPTERS: dict[str, Adapter] = {
+    "NAT": _backbone(NAT),
+    "DiNAT_s": _backbone(DiNATs),
+    "NATIsotropic": _backbone(IsotropicNAT),
     "natten.na1d": _operator,
     "natten.na2d": _operator,
     "natten.na3d": _operator,

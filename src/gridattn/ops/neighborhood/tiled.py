@@ -7,22 +7,26 @@ proportional to the number of tokens.
 
 import operator
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import reduce
 from math import prod
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from gridattn.ops.neighborhood.plan import AxisPlan, Plan
 from gridattn.ops.neighborhood.tables import AxisKey, axis_keys, to_tensors
 from gridattn.ops.neighborhood.tiling import Tiling, make_tiling
 
-CHUNK_ELEMENTS = {"cpu": 1 << 22}
-"""Numbers that the tokens and logits of one chunk of tiles may hold: about a cache on the cpu, enough to fill a device elsewhere."""
+CHUNK_ELEMENTS = 1 << 22
+"""Numbers that the tokens and logits of one chunk of tiles may hold on the cpu: about a cache."""
 CHUNK_ELEMENTS_ELSEWHERE = 1 << 26
+"""The same for other devices, which want more work at once, and for traces, which would repeat the code of every chunk."""
 
 
 def attend(
@@ -40,40 +44,171 @@ def attend(
     Returns:
         out (B, *grid, Hq, Dv) and, where needed, lse (B, *grid, Hq) in float32 at least, else None.
     """
-    if (
-        bias is None
-        and key_mask is None
-        and not need_lse
-        and query.shape[0]
-        and all(_sees_all(axis) for axis in plan.axes)
-    ):
+    batch, *grid, heads, _ = query.shape
+    if bias is None and key_mask is None and not need_lse and batch and all(_sees_all(axis) for axis in plan.axes):
         return _attend_densely(query, key, value, scale), None
-    axes, (batch, *grid, heads, _) = axis_keys(plan), query.shape
+
     q, k, v = (rearrange(t, "b ... h d -> (...) b h d").contiguous() for t in (query, key, value))
     kept = None if key_mask is None else rearrange(key_mask, "b ... -> (...) b")
+    *tables, slot = _tiling_tables(axis_keys(plan), query.device)
+    sizes = _tiling_sizes(axis_keys(plan))
+    step = _chunk_step(q, k, v, sizes, broadcast=not need_lse and bias is None and kept is None)
+    tiles = _Tiles(tables, *sizes, step, kept, scale, need_lse or batch == 0)
 
-    num_tiles, num_alike, full, num_queries, num_keys = _tiling_sizes(axes)
-    *tile_tables, slot = _tiling_tables(axes, query.device)
-    channels = q.shape[-1] + v.shape[-1]
-    logits = num_queries * num_keys * (1 if not need_lse and bias is None and kept is None else batch * heads)
-    tokens = batch * channels * (num_queries * heads + num_keys * k.shape[-2])
-    step = max(1, CHUNK_ELEMENTS.get(query.device.type, CHUNK_ELEMENTS_ELSEWHERE) // (logits + tokens))
-
-    outs, lses = [], []
-    for first, end, alike in ((0, num_alike, True), (num_alike, num_tiles, False)):
-        for start in range(first, end, step):
-            queries, keys, visible, bias_index = _tiles(tile_tables, slice(start, min(start + step, end)), alike)
-            if alike and full and bias is None and kept is None:
-                mask = empty = None
-            else:
-                mask, empty = _mask(visible, bias_index, bias, kept, keys, batch, k.shape[-2], heads)
-            out, lse = _attend_tiles(q, k, v, queries, keys, mask, empty, scale, need_lse or batch == 0)
-            outs.append(out)
-            lses.append(lse)
-    out = rearrange(torch.cat(outs)[slot], "i b h d -> b i h d").reshape(batch, *grid, heads, v.shape[-1])
+    trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, bias))
+    if trained and len(tiles.chunks()) > 2 and not torch.compiler.is_compiling():
+        out, lse = _Recomputed.apply(tiles, q, k, v, bias)
+    else:
+        out, lse = tiles.attend(q, k, v, bias)
+    out = rearrange(out.index_select(0, slot), "i b h d -> b i h d").reshape(batch, *grid, heads, v.shape[-1])
     if not need_lse:
         return out, None
-    return out, rearrange(torch.cat(lses)[slot], "i b h 1 -> b i h").reshape(batch, *grid, heads)
+    return out, rearrange(lse.index_select(0, slot), "i b h 1 -> b i h").reshape(batch, *grid, heads)
+
+
+@dataclass(frozen=True)
+class _Tiles:
+    """Where the tiles' tokens stand, and attention inside the tiles.
+
+    Attributes:
+        tables: per axis, see `_tiling_tables`.
+        num_tiles, num_alike, full, num_queries, num_keys: see `_tiling_sizes`.
+        step: tiles in a chunk.
+        kept: (N, B) bool, the key mask.
+        scale: factor of the products.
+        need_lse: whether to compute the lse.
+    """
+
+    tables: list[Tensor]
+    num_tiles: int
+    num_alike: int
+    full: bool
+    num_queries: int
+    num_keys: int
+    step: int
+    kept: Tensor | None
+    scale: float
+    need_lse: bool
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """(N, B, heads, channels) each -> out (tiles * i, B, Hq, Dv) and lse (tiles * i, B, Hq, 1) or None."""
+        outs, lses = [], []
+        for chunk, alike in self.chunks():
+            queries, keys = self.positions(chunk)
+            tokens = (q.index_select(0, queries), k.index_select(0, keys), v.index_select(0, keys))
+            out, lse = self.attend_chunk(*tokens, bias, chunk, alike, keys)
+            outs.append(out)
+            lses.append(lse)
+        return torch.cat(outs), torch.cat(lses) if self.need_lse else None
+
+    def chunks(self) -> list[tuple[slice, bool]]:
+        """Slices of the tiles, each with whether its tiles are alike."""
+        groups = ((0, self.num_alike, True), (self.num_alike, self.num_tiles, False))
+        return [
+            (slice(start, min(start + self.step, end)), alike)
+            for first, end, alike in groups
+            for start in range(first, end, self.step)
+        ]
+
+    def positions(self, chunk: slice) -> tuple[Tensor, Tensor]:
+        """Flat positions of the chunk's queries (tiles * i,) and keys (tiles * j,)."""
+        queries, keys = (
+            _outer([of_axis[n][of_axis[0][chunk]] for of_axis in self._by_axis()], operator.add) for n in (1, 2)
+        )
+        return queries.flatten(), keys.flatten()
+
+    def attend_chunk(
+        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, chunk: slice, alike: bool, keys: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention inside a chunk's tiles.
+
+        Args:
+            q: (tiles * i, B, Hq, D), the tokens at the queries' positions.
+            k, v: (tiles * j, B, Hkv, channels), those at the keys' positions.
+            bias: (Hq, 2k - 1 per axis) or None.
+            chunk: the tiles.
+            alike: whether all share one mask.
+            keys: (tiles * j,), positions of the keys.
+
+        Returns:
+            out (tiles * i, B, Hq, Dv) and lse (tiles * i, B, Hq, 1) or None.
+        """
+        count, (_, batch, kv_heads, _) = chunk.stop - chunk.start, k.shape
+        group = q.shape[2] // kv_heads
+        if alike and self.full and bias is None and self.kept is None:
+            mask = empty = None
+        else:
+            visible, bias_index = self._visible(slice(chunk.start, chunk.start + 1) if alike else chunk)
+            kept = None if self.kept is None else rearrange(self.kept[keys], "(t j) b -> t b 1 j", t=count)
+            mask, empty = _mask(visible, bias_index, bias, kept, batch, kv_heads, group)
+        q = rearrange(q, "(t i) b (h g) d -> t (b h) (g i) d", t=count, h=kv_heads)
+        k, v = (rearrange(x, "(t j) b h d -> t (b h) j d", t=count) for x in (k, v))
+        if self.need_lse:
+            out, lse = _attend_with_lse(q, k, v, mask, self.scale)
+        else:
+            mask = mask if mask is None or mask.dtype == torch.bool else mask.to(q.dtype)
+            out, lse = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale), None
+        if empty is not None:
+            out = out.masked_fill(empty, 0.0)
+            lse = None if lse is None else lse.masked_fill(empty, -torch.inf)
+        pattern, sizes = "t (b h) (g i) d -> (t i) b (h g) d", {"h": kv_heads, "g": group}
+        return rearrange(out, pattern, **sizes), None if lse is None else rearrange(lse, pattern, **sizes)
+
+    def _visible(self, chunk: slice) -> tuple[Tensor, Tensor]:
+        """Whether a key is visible, bool, and its flat entry of a table of relative position biases: (tiles, i, j) both."""
+        seen, entry = ([of_axis[n][of_axis[0][chunk]] for of_axis in self._by_axis()] for n in (3, 4))
+        return _outer(seen, operator.and_), _outer(entry, operator.add)
+
+    def _by_axis(self) -> list[list[Tensor]]:
+        return [self.tables[i : i + 5] for i in range(0, len(self.tables), 5)]
+
+
+class _Recomputed(torch.autograd.Function):
+    """`_Tiles.attend` that keeps only its arguments for the backward pass, which runs every chunk once more: the tokens of all
+    halos are several times the tokens of the grid, and PyTorch would add up one gradient of the grid's size for every chunk."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, tiles: _Tiles, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        ctx.tiles = tiles
+        ctx.save_for_backward(q, k, v, bias)
+        return tiles.attend(q, k, v, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        tiles, (q, k, v, bias) = ctx.tiles, ctx.saved_tensors
+        grads = [None if t is None else torch.zeros_like(t, dtype=_wide(t.dtype)) for t in (q, k, v, bias)]
+        rows = 0
+        for chunk, alike in tiles.chunks():
+            queries, keys = tiles.positions(chunk)
+            places = (queries, keys, keys)
+            leaves = [t.index_select(0, place).requires_grad_() for t, place in zip((q, k, v), places)]
+            leaves += [] if bias is None else [bias.detach().requires_grad_()]
+            with torch.enable_grad():
+                outputs = tiles.attend_chunk(*leaves[:3], leaves[3] if bias is not None else None, chunk, alike, keys)
+            of_chunk = slice(rows, rows := rows + len(queries))
+            pairs = [(out, g[of_chunk]) for out, g in zip(outputs, (grad_out, grad_lse)) if out is not None]
+            parts = torch.autograd.grad([out for out, _ in pairs], leaves, [g for _, g in pairs])
+            for total, part, place in zip(grads, parts, places):
+                total.index_add_(0, place, part.to(total.dtype))
+            if bias is not None:
+                grads[3] += parts[3]
+        return None, *(g if g is None else g.to(t.dtype) for g, t in zip(grads, (q, k, v, bias)))
+
+
+def _chunk_step(q: Tensor, k: Tensor, v: Tensor, sizes: tuple[int, int, bool, int, int], broadcast: bool) -> int:
+    """How many tiles make a chunk; `broadcast` says that one mask serves all heads and the logits are never stored."""
+    (_, batch, heads, _), (*_, num_queries, num_keys) = q.shape, sizes
+    logits = num_queries * num_keys * (1 if broadcast else batch * heads)
+    tokens = batch * (q.shape[-1] + v.shape[-1]) * (num_queries * heads + num_keys * k.shape[-2])
+    on_cpu = q.device.type == "cpu" and not torch.compiler.is_compiling()
+    return max(1, (CHUNK_ELEMENTS if on_cpu else CHUNK_ELEMENTS_ELSEWHERE) // max(1, logits + tokens))
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _sees_all(axis: AxisPlan) -> bool:
@@ -85,23 +220,6 @@ def _attend_densely(query: Tensor, key: Tensor, value: Tensor, scale: float) -> 
     k, v = (t.repeat_interleave(query.shape[-2] // key.shape[-2], dim=1) for t in (k, v))
     out = F.scaled_dot_product_attention(q, k, v, scale=scale)
     return rearrange(out, "b h i d -> b i h d").reshape(*query.shape[:-1], value.shape[-1])
-
-
-def _tiles(tables: list[Tensor], chunk: slice, alike: bool) -> tuple[Tensor, ...]:
-    """Combines the axes' tables for some tiles.
-
-    Returns:
-        queries (tiles, i) and keys (tiles, j), flat positions; visible (tiles, i, j) bool and bias_index (tiles, i, j), flat
-        entries of a table of relative position biases, for the first tile only where all are alike.
-    """
-    of_axes = [tables[i : i + 5] for i in range(0, len(tables), 5)]
-    queries = _outer([query[tile[chunk]] for tile, query, *_ in of_axes], operator.add)
-    keys = _outer([key[tile[chunk]] for tile, _, key, *_ in of_axes], operator.add)
-    if alike:
-        chunk = slice(chunk.start, chunk.start + 1)
-    visible = _outer([seen[tile[chunk]] for tile, _, _, seen, _ in of_axes], operator.and_)
-    bias_index = _outer([entry[tile[chunk]] for tile, *_, entry in of_axes], operator.add)
-    return queries, keys, visible, bias_index
 
 
 def _outer(tables: list[Tensor], join: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
@@ -120,23 +238,21 @@ def _mask(
     bias_index: Tensor,
     bias: Tensor | None,
     kept: Tensor | None,
-    keys: Tensor,
     batch: int,
     kv_heads: int,
-    heads: int,
+    group: int,
 ) -> tuple[Tensor, Tensor | None]:
-    """The mask of some tiles.
+    """The mask of some tiles; visible and bias_index (tiles, i, j), kept (tiles, B, 1, j).
 
     Returns:
-        mask, to broadcast to (tiles, B * Hkv, group * i, j): bool, or with a bias the number to add to each logit; and, with a key
-        mask, which queries see no key, to broadcast to (tiles, B * Hkv, group * i, 1). Those see every key in the mask, since a
-        softmax over nothing has no gradient.
+        mask, to broadcast to (tiles, B * Hkv, group * i, j): bool, or with a bias the number to add to each logit; and, with a
+        key mask, which queries see no key, to broadcast to (tiles, B * Hkv, group * i, 1). Those see every key in the mask,
+        since a softmax over nothing has no gradient.
     """
-    group, empty = heads // kv_heads, None
     if kept is None:
-        mask = repeat(visible, "t i j -> t 1 (g i) j", g=group)
+        mask, empty = repeat(visible, "t i j -> t 1 (g i) j", g=group), None
     else:
-        seen = visible[:, None] & rearrange(kept[keys.flatten()], "(t j) b -> t b 1 j", t=len(keys))
+        seen = visible[:, None] & kept
         none = ~seen.any(dim=-1, keepdim=True)
         mask, empty = (repeat(x, "t b i j -> t (b h) (g i) j", h=kv_heads, g=group) for x in (seen | none, none))
     if bias is None:
@@ -146,47 +262,9 @@ def _mask(
     return entries.masked_fill(~mask, -torch.inf), empty
 
 
-def _attend_tiles(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    queries: Tensor,
-    keys: Tensor,
-    mask: Tensor | None,
-    empty: Tensor | None,
-    scale: float,
-    need_lse: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Attention of the tiles' queries over the tiles' keys.
-
-    Args:
-        q, k, v: (N, B, heads, channels).
-        queries: (tiles, i), positions of the queries.
-        keys: (tiles, j), positions of the keys.
-        mask: broadcasts to (tiles, B * Hkv, group * i, j), bool or to be added; None where all is visible.
-        empty: broadcasts to (tiles, B * Hkv, group * i, 1), marks queries without any key.
-
-    Returns:
-        out (tiles * i, B, Hq, Dv) and lse (tiles * i, B, Hq, 1) or None.
-    """
-    tiles, kv_heads = len(queries), k.shape[2]
-    q = rearrange(q[queries.flatten()], "(t i) b (h g) d -> t (b h) (g i) d", t=tiles, h=kv_heads)
-    k, v = (rearrange(x[keys.flatten()], "(t j) b h d -> t (b h) j d", t=tiles) for x in (k, v))
-    if need_lse:
-        out, lse = _attend_with_lse(q, k, v, mask, scale)
-    else:
-        mask = mask if mask is None or mask.dtype == torch.bool else mask.to(q.dtype)
-        out, lse = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale), None
-    if empty is not None:
-        out = out.masked_fill(empty, 0.0)
-        lse = None if lse is None else lse.masked_fill(empty, -torch.inf)
-    pattern, sizes = "t (b h) (g i) d -> (t i) b (h g) d", {"h": kv_heads, "i": queries.shape[1]}
-    return rearrange(out, pattern, **sizes), None if lse is None else rearrange(lse, pattern, **sizes)
-
-
 def _attend_with_lse(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """Dense attention written out, in float32 at least: PyTorch's own does not give the lse."""
-    wide = torch.promote_types(q.dtype, torch.float32)
+    wide = _wide(q.dtype)
     logits = scale * q.to(wide) @ k.to(wide).mT
     if mask is not None:
         logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask

@@ -13,8 +13,8 @@ import numpy as np
 from gridattn.ops.neighborhood.plan import AxisPlan
 
 # Cost of a tile in units of one (query, key) pair: gathering a token, and starting a block of small matrix products.
-TOKEN_COST = 6
-TILE_COST = 800
+TOKEN_COST = 20
+TILE_COST = 1000
 MAX_PAIRS = 1 << 20
 """Pairs in one tile at most, to bound the memory of its logits, where one query has not already more."""
 

@@ -25,11 +25,12 @@ class ClassifySettings(RunSettings):
         model: backbone, a name that `create_model` takes.
         attention: attention mechanism, for backbones that take any of them.
         model_options: further keywords of the backbone.
-        weights: exported model to start from (fine-tuning); the head is new where the number of classes differs.
+        weights: weight file, or folder of an exported model, to start from; the head is new where the number of classes
+            differs.
         image_size: height and width of the images, pixels.
         augment: keywords of `timm.data.create_transform` for training, laid over the dataset's own.
         verify: decodes every file of a folder before training, to pass over the damaged ones.
-        drop_path_rate: probability of passing over the deepest residual branch.
+        drop_path_rate: probability of passing over the deepest residual branch; None takes the backbone's own.
         label_smoothing: part of the target spread over all classes.
         mixup: parameter of the Beta distribution of mixup; 0 for none.
         cutmix: the same for cutmix; where both are set, each batch takes one of them at random.
@@ -42,14 +43,15 @@ class ClassifySettings(RunSettings):
     image_size: int = 64
     augment: dict[str, Any] = field(default_factory=dict)
     verify: bool = True
-    drop_path_rate: float = 0.0
+    drop_path_rate: float | None = None
     label_smoothing: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_probability("drop_path_rate", self.drop_path_rate)
+        if self.drop_path_rate is not None:
+            check_probability("drop_path_rate", self.drop_path_rate)
         check_probability("label_smoothing", self.label_smoothing)
         check_least("mixup", self.mixup, 0)
         check_least("cutmix", self.cutmix, 0)
@@ -116,8 +118,9 @@ def classification_report(logits: Tensor, target: Tensor, classes: tuple[str, ..
         classes: class names.
 
     Returns:
-        images, loss (mean cross entropy), accuracy (top 1), balanced_accuracy (mean of the classes' recalls), per_class (name ->
-        images, recall, precision; null where there is nothing to divide by) and confusion (row: true class, column: predicted).
+        images, loss (mean cross entropy), accuracy (top 1), balanced_accuracy (mean of the classes' recalls), per_class
+        (name -> images, recall, precision; None where there is nothing to divide by) and confusion (row: true class,
+        column: predicted class).
     """
     n = len(classes)
     predicted = logits.argmax(1)
