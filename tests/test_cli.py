@@ -1,7 +1,6 @@
 """The command line: every command helps, does its work, and answers a mistake with one line and a non-zero code."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -41,26 +40,29 @@ def test_help_does_not_load_torch() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_the_module_runs_as_a_program_and_reports_errors_without_a_traceback() -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "gridattn",
-        "show",
-        "--image",
-        "nowhere.png",
-        "--out",
-        "x.png",
-        "--attention",
-        "global",
-    ]
+def test_the_program_reports_a_mistake_without_a_traceback() -> None:
+    command = [sys.executable, "-m", "gridattn", "show", "--query", "middle", "--out", "x.png"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
-    assert done.stderr.startswith("error: image='nowhere.png'")
-    debug = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "GRIDATTN_DEBUG": "1"})
-    assert debug.returncode != 0
-    assert "Traceback" in debug.stderr
+    assert done.stderr.startswith("error: query='middle'")
+
+
+def test_debug_lets_the_error_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    mistake = ("show", "--query", "middle", "--out", "x.png")
+    assert isinstance(run("--debug", *mistake).exception, ValueError)
+    monkeypatch.setenv("GRIDATTN_DEBUG", "1")
+    assert isinstance(run(*mistake).exception, ValueError)
+
+
+def test_an_interrupt_ends_quietly_with_code_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gridattn.lab.listing.listing", interrupt)
+    done = run("list")
+    assert done.exit_code == 130
+    assert done.output == ""
 
 
 def test_list_json_names_what_the_registers_hold() -> None:
@@ -95,6 +97,13 @@ def test_a_compared_model_can_be_shown_evaluated_and_used(trained: Path, tmp_pat
     assert view["trained"]
     panel = run("show", "--checkpoint", trained, "--attention", "window,global", "--out", tmp_path / "b.png")
     assert panel.exit_code == 0, panel.output
+    arguments = ("--checkpoint", checkpoint, "--unseen", "digits", "--out", tmp_path / "p")
+    predicted = run("predict", "classify", *arguments)
+    assert predicted.exit_code == 0, predicted.output
+    assert len(json.loads(predicted.output)["predictions"]) == 10
+    assert {"predictions.json", "predictions.csv", "predictions.png", "unseen"} <= {
+        f.name for f in (tmp_path / "p").iterdir()
+    }
     measured = run("evaluate", "classify", "--checkpoint", checkpoint, "--data", "digits")
     assert measured.exit_code == 0, measured.output
     assert 0 <= json.loads(measured.output)["accuracy"] <= 1
@@ -133,6 +142,9 @@ BAD = {
     "picture format": ("show --attention global --image-size 32 --out {tmp}/x.nonsense", "nonsense"),
     "unknown system": ("train nonsense", "nonsense"),
     "unknown train setting": ("train classify --nonsense 3", "nonsense"),
+    "predict without checkpoint": ("predict classify {tmp}/bad.png", "checkpoint"),
+    "predict unknown checkpoint": ("predict classify {tmp}/bad.png --checkpoint {tmp}/nowhere", "nowhere"),
+    "predict missing image": ("predict classify {tmp}/no.png --checkpoint {tmp}/nowhere", "no.png"),
     "evaluate without checkpoint": ("evaluate classify --data digits", "checkpoint"),
     "evaluate unknown checkpoint": ("evaluate classify --checkpoint {tmp}/nowhere --data digits", "nowhere"),
 }

@@ -131,6 +131,7 @@ def evaluate(ctx: typer.Context, system: SystemName) -> None:
 def predict(
     ctx: typer.Context,
     system: SystemName,
+    checkpoint: Annotated[Path | None, typer.Option(help="Run folder, or folder of an exported model.")] = None,
     out: Annotated[Path, typer.Option("--out", "--output", help="Folder for JSON, CSV and pictures.")] = Path(
         "predictions"
     ),
@@ -143,8 +144,12 @@ def predict(
     from gridattn.lab.arguments import call
     from gridattn.lab.samples import write_unseen
 
-    files = [] if unseen is None else write_unseen(unseen, 64, out / "unseen")
-    _print_json(call(record.predict, [*map(str, files), *ctx.args, "--output", str(out)], f"gridattn predict {system}"))
+    arguments = [*ctx.args, "--output", str(out)]
+    if checkpoint is not None:
+        arguments += ["--checkpoint", str(checkpoint)]
+    if unseen is not None and checkpoint is not None:
+        arguments = [*map(str, write_unseen(unseen, checkpoint, out / "unseen")), *arguments]
+    _print_json(call(record.predict, arguments, f"gridattn predict {system}"))
 
 
 @app.command(epilog="Example: `gridattn compare --attention neighborhood,window,global --data textures --epochs 5`")
@@ -175,9 +180,7 @@ def compare(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the results that the folder holds.")] = False,
 ) -> None:
     """Train several attentions in the same network and write a report: accuracy, cost, curves, pictures."""
-    from gridattn.lab import compare as lab
-    from gridattn.lab.selection import parse_ints, parse_options, parse_values
-    from gridattn.lab.show import parse_query
+    from gridattn.lab.selection import parse_ints, parse_options, parse_query, parse_values
 
     given = {
         "attention": attention and [attention],
@@ -197,7 +200,10 @@ def compare(
         "resume": resume or None,
         "overwrite": overwrite or None,
     }
-    settings = lab.read_settings(recipe, given)
+    from gridattn.lab import compare as lab
+    from gridattn.lab.compare_settings import read_settings
+
+    settings = read_settings(recipe, given)
     results = lab.compare(settings, command=" ".join(["gridattn", *sys.argv[1:]]), log=_say)
     _print_table(f"{len(results['attentions'])} attentions on {settings.data}", lab.summary_rows(results))
     print(f"report: {Path(settings.out) / 'report.html'}")
@@ -229,18 +235,20 @@ def show(
     json_out: Annotated[Path | None, typer.Option("--json", help="File for the numbers.")] = None,
 ) -> None:
     """Draw where one point of an image looks, for one attention or several side by side."""
+    from gridattn.lab.selection import parse_options, parse_query
+
+    point, options = parse_query(query), parse_options(option or [])
     from gridattn.lab import show as lab
-    from gridattn.lab.selection import parse_options
 
     shown = lab.show(
         image,
         attention,
         checkpoint=checkpoint,
-        query=lab.parse_query(query),
+        query=point,
         layer=layer,
         image_size=image_size,
         seed=seed,
-        options=parse_options(option or []),
+        options=options,
     )
     lab.save(shown, out, json_out)
     print(out)

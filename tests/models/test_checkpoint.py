@@ -127,7 +127,7 @@ def test_a_damaged_config_is_named(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=message):
             load_model(tmp_path)
     config.unlink()
-    with pytest.raises(CheckpointError, match="config .* is missing"):
+    with pytest.raises(CheckpointError, match=r"config .* is missing"):
         load_model(tmp_path)
 
 

@@ -1,5 +1,7 @@
 """Neighborhood attention: every backend agrees with the definition, and the definition with hand-worked numbers."""
 
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,6 +9,7 @@ from neighborhood_problems import Problem, installed_backends, problems
 from torch import Tensor
 
 from gridattn.ops import neighborhood_attention
+from gridattn.ops.neighborhood import tiled
 
 BACKENDS = ["reference", *installed_backends()]
 
@@ -20,6 +23,14 @@ def test_backend_agrees_with_the_definition_forward_and_backward(backend: str, p
         torch.testing.assert_close(
             tensor.double(), expected[name], rtol=2e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+@settings(deadline=None, max_examples=60)
+@given(problem=problems())
+def test_working_in_chunks_changes_neither_results_nor_gradients(problem: Problem) -> None:
+    with mock.patch.object(tiled, "CHUNK_ELEMENTS", 1):
+        got = problem.run("tiled", torch.float64)
+    torch.testing.assert_close(got, problem.run("reference", torch.float64))
 
 
 HAND = {

@@ -9,7 +9,7 @@ import torch
 
 from gridattn.systems.classify import ClassifySettings
 
-TINY = {
+_TINY: dict[str, Any] = {
     "image_size": 16,
     "attention": "global",
     "model_options": {"dims": [16], "depths": [1], "num_heads": [2], "patch_size": 4},
@@ -17,6 +17,12 @@ TINY = {
     "epochs": 2,
     "lr": 1e-2,
 }
+
+
+@pytest.fixture(scope="session")
+def tiny_values() -> dict[str, Any]:
+    """Settings of a model and a training of a second."""
+    return _TINY
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +40,7 @@ def tiny(tmp_path: Path) -> Callable[..., ClassifySettings]:
     def settings(**changes: Any) -> ClassifySettings:
         trainer = {"accelerator": "cpu", "limit_train_batches": 6, "enable_progress_bar": False}
         trainer |= changes.pop("trainer", {})
-        return ClassifySettings(**{**TINY, "output": str(tmp_path / "run"), "trainer": trainer, **changes})
+        return ClassifySettings(**{**_TINY, "output": str(tmp_path / "run"), "trainer": trainer, **changes})
 
     return settings
 
@@ -45,7 +51,7 @@ def arguments(tiny: Callable[..., ClassifySettings]) -> Callable[..., list[str]]
 
     def flags(**changes: Any) -> list[str]:
         settings = tiny(**changes)
-        names = {**TINY, **changes, "output": settings.output, "trainer": settings.trainer}
+        names = {**_TINY, **changes, "output": settings.output, "trainer": settings.trainer}
         # Mappings are written as flow YAML, as a user would quote them.
         return [f"--{name}={getattr(settings, name)}" for name in names]
 

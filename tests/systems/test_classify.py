@@ -11,6 +11,7 @@ from PIL import Image
 
 from gridattn.data import load_dataset
 from gridattn.systems.classify import (
+    ClassifySettings,
     ClassifyTask,
     evaluate_classifier,
     load_classifier,
@@ -22,17 +23,12 @@ from gridattn.systems.output import RunFolder, load_run_checkpoint
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_values: dict) -> Path:
     """A run folder of a finished training on the digits."""
-    from conftest import TINY
-
-    from gridattn.systems.classify import ClassifySettings
-
-    torch.set_num_threads(1)
     output = tmp_path_factory.mktemp("trained") / "run"
     trainer = {"accelerator": "cpu", "enable_progress_bar": False}
     train_classifier(
-        ClassifySettings(**{**TINY, "data": "digits", "epochs": 3, "output": str(output), "trainer": trainer})
+        ClassifySettings(**{**tiny_values, "data": "digits", "epochs": 3, "output": str(output), "trainer": trainer})
     )
     return output
 
@@ -48,7 +44,7 @@ def test_training_learns_and_leaves_a_complete_run_folder(trained: Path) -> None
     assert result["val_accuracy"] == max(float(row["val_accuracy"]) for row in rows)
     for path in (folder.settings, folder.last, folder.best, folder.model, folder.last_model, folder.tensorboard):
         assert path.exists()
-    assert not [path for path in trained.rglob(".*")]  # no temporary file is left
+    assert not list(trained.rglob(".*"))  # no temporary file is left
 
 
 def test_evaluation_of_the_exported_model_repeats_the_validation_of_its_epoch(trained: Path, tmp_path: Path) -> None:
@@ -216,7 +212,7 @@ def test_wrong_settings_are_told_and_leave_nothing_behind(tiny, changes: dict, m
     with pytest.raises(ValueError, match=message) as caught:
         train_classifier(settings)
     assert "\n" not in str(caught.value)
-    assert not RunFolder(settings.output).model.exists()
+    assert not RunFolder(settings.output).settings.exists()
 
 
 def test_a_run_is_neither_replaced_nor_mixed_with_another_by_accident(tiny) -> None:

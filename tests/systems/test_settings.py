@@ -68,7 +68,7 @@ def test_stored_settings_are_a_recipe(tmp_path: Path, tiny) -> None:
         (["--epochs", "0"], "epochs=0 is not allowed; it must be at least 1"),
         (["--batch_size", "0"], "batch_size=0"),
         (["--lr", "-1"], "lr=-1"),
-        (["--lr", "nan"], "lr=nan"),
+        (["--lr", ".nan"], "lr=nan"),
         (["--ema_decay", "1"], "ema_decay=1"),
         (["--label_smoothing", "1.5"], "label_smoothing=1.5"),
         (["--mixup", "0.2", "--batch_size", "7"], "batch_size=7 is odd"),

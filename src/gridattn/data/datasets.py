@@ -164,7 +164,7 @@ def texture_source(photographs: Mapping[str, Image.Image], image_size: int, crop
         if image_size > min(width - edge, height):
             raise ValueError(f"image_size={image_size} exceeds the {width - edge} pixels of validation in {name!r}")
         regions.append(photograph.crop((0, 0, edge, height)))
-        step = max(1, image_size // 2)
+        step = max(32, image_size // 2)
         corners = [
             (x, y) for y in range(0, height - image_size + 1, step) for x in range(edge, width - image_size + 1, step)
         ]

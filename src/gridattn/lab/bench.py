@@ -58,8 +58,8 @@ def latency(model: nn.Module, images: Tensor, repeats: int = 7) -> float:
 def count_macs(model: Backbone, image: Tensor) -> int:
     """Multiply-accumulates of one forward pass on one image.
 
-    Attention layers count by their own `macs`, which holds for every backend; the rest of the network is run once without them
-    under PyTorch's counter.
+    Attention layers count by their own `macs`, which holds for every backend; the rest of the network is run once
+    without them under PyTorch's counter.
 
     Args:
         model: a backbone with attention layers.

@@ -84,15 +84,21 @@ def scatter_chart(points: Sequence[Point], x_label: str, y_label: str) -> str:
     return frame.svg("".join(drawn), x_label, y_label)
 
 
+def _span(values: Sequence[float]) -> tuple[float, float]:
+    """Smallest and largest value, half a unit apart on either side where they are one."""
+    low, high = min(values, default=0.0), max(values, default=1.0)
+    return (low, high) if high - low > 1e-6 * max(1.0, abs(high)) else (low - 0.5, high + 0.5)
+
+
 class _Frame:
     """Axes that hold given values, and the maps from values to places; `tight` ends the x axis where the values end."""
 
     def __init__(self, xs: Sequence[float], ys: Sequence[float], tight: bool = False) -> None:
-        low, high = min(xs, default=0.0), max(xs, default=1.0)
+        low, high = _span(xs)
         self.x_ticks = ticks(low, high)
-        self.x_range = (low, high) if tight and high > low else (self.x_ticks[0], self.x_ticks[-1])
+        self.x_range = (low, high) if tight else (self.x_ticks[0], self.x_ticks[-1])
         self.x_ticks = [tick for tick in self.x_ticks if self.x_range[0] <= tick <= self.x_range[1]]
-        self.y_ticks = ticks(min(ys, default=0.0), max(ys, default=1.0))
+        self.y_ticks = ticks(*_span(ys))
 
     def x(self, value: float) -> float:
         low, high = self.x_range

@@ -1,12 +1,11 @@
-"""Several attentions in the same network, on the same data, with the same budget: accuracy, cost, curves and pictures."""
+"""Several attentions in the same network, on the same data, with the same budget: accuracy, cost, curves, pictures."""
 
 import csv
 import io
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -19,129 +18,28 @@ from numpy.typing import NDArray
 
 from gridattn.data import ImageDataset, load_dataset
 from gridattn.lab.bench import count_macs, latency, machine, step_memory
+from gridattn.lab.compare_settings import CompareSettings
 from gridattn.lab.pictures import heat_axes
 from gridattn.lab.report import COLUMNS, render_report
 from gridattn.lab.samples import to_picture
-from gridattn.lab.selection import check_options, select_attentions
+from gridattn.lab.selection import select_attentions
 from gridattn.lab.show import View, look, open_image, query_fractions, scale_image
 from gridattn.layers import attention_info
+from gridattn.models import model_info
 from gridattn.models.common import Backbone
 from gridattn.systems.base import pick_device
-from gridattn.systems.classify import ClassifySettings, load_classifier, train_classifier
+from gridattn.systems.classify import load_classifier, train_classifier
 from gridattn.systems.output import RunFolder, atomic, write_csv, write_json
-from gridattn.systems.settings import check_least, check_names
 
 Row = dict[str, Any]
 BATCH = 16  # images of the timed forward pass and of the training step whose memory is measured
 
 
-@dataclass
-class CompareSettings:
-    """What a comparison can be told.
-
-    Args:
-        attention: names or patterns of the mechanisms (`select_attentions`).
-        out: folder of the results.
-        data: dataset, as `load_dataset` takes it.
-        image_size: height and width of the images, pixels.
-        host: backbone whose attention is exchanged.
-        epochs: passes over the training set.
-        batch_size: images per step.
-        lr: highest learning rate.
-        seeds: one training each.
-        limit_batches: at most so many batches in every epoch of training and validation; 0 for all.
-        options: keywords of single mechanisms, by name.
-        train: further settings of `gridattn train classify`.
-        image: picture for the attention maps: a file or an embedded photograph; None takes the first validation image.
-        query: (row, column) of the query point; two ints are pixels of the picture, floats are fractions of it.
-        resume: reuses what `out` holds of trainings with the same settings.
-        overwrite: replaces what `out` holds.
-    """
-
-    attention: list[str] = field(default_factory=lambda: ["all"])
-    out: str = "runs/compare"
-    data: str = "textures"
-    image_size: int = 64
-    host: str = "grid_vit_micro"
-    epochs: int = 10
-    batch_size: int = 64
-    lr: float = 1e-3
-    seeds: list[int] = field(default_factory=lambda: [0])
-    limit_batches: int = 0
-    options: dict[str, dict[str, Any]] = field(default_factory=dict)
-    train: dict[str, Any] = field(default_factory=dict)
-    image: str | None = None
-    query: tuple[float, float] = (0.5, 0.5)
-    resume: bool = False
-    overwrite: bool = False
-
-    def __post_init__(self) -> None:
-        check_least("limit_batches", self.limit_batches, 0)
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds={self.seeds} is not allowed; at least one seed, each once")
-        check_options(self.options)
-        own = {"data", "image_size", "model", "epochs", "batch_size", "lr", "seed", "output", "attention", "resume"}
-        check_names("train setting", self.train, {entry.name for entry in fields(ClassifySettings)} - own)
-
-    def training(self, attention: str, seed: int, output: Path) -> ClassifySettings:
-        """The settings of one training."""
-        limit = {"limit_train_batches": self.limit_batches, "limit_val_batches": self.limit_batches}
-        return ClassifySettings(
-            **{
-                **self.train,
-                "data": self.data,
-                "image_size": self.image_size,
-                "model": self.host,
-                "attention": attention,
-                "model_options": {
-                    **self.train.get("model_options", {}),
-                    **({"attention_options": self.options[attention]} if attention in self.options else {}),
-                },
-                "epochs": self.epochs,
-                "batch_size": self.batch_size,
-                "lr": self.lr,
-                "seed": seed,
-                "output": str(output),
-                "overwrite": True,
-                "trainer": {**(limit if self.limit_batches else {}), **self.train.get("trainer", {})},
-            }
-        )
-
-
-def read_settings(recipe: str | None, given: Mapping[str, Any]) -> CompareSettings:
-    """Settings from a recipe, with what was given laid over it.
-
-    Args:
-        recipe: one of `recipe_names()`, the path of a YAML file, or None.
-        given: settings by name; None stands for not given.
-
-    Raises:
-        ValueError: an unknown recipe or setting, or a value that is not allowed.
-    """
-    base: dict[str, Any] = {}
-    if recipe is not None:
-        own = Path(str(files("gridattn.lab") / "recipes" / f"{recipe}.yaml"))
-        path = own if recipe in recipe_names() else Path(recipe)
-        if not path.is_file():
-            raise ValueError(f"recipe={recipe!r} is not known; allowed: {', '.join(recipe_names())}, or a YAML file")
-        base = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if not isinstance(base, dict):
-            raise ValueError(f"recipe {recipe!r} is not a mapping of settings")
-        check_names(f"setting of recipe {recipe!r}", base, {entry.name for entry in fields(CompareSettings)})
-    return CompareSettings(**{**base, **{name: value for name, value in given.items() if value is not None}})
-
-
-def recipe_names() -> list[str]:
-    """Names of the recipes of comparisons that come with the package."""
-    folder = files("gridattn.lab") / "recipes"
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
-
-
 def compare(settings: CompareSettings, *, command: str = "", log: Callable[[str], None] = print) -> Row:
-    """Trains every mechanism with every seed, measures it, and writes results.json, results.csv, report.html and models/.
+    """Trains and measures every mechanism, and writes results.json, results.csv, report.html and models/.
 
-    A mechanism that fails has "error" in its entry instead of figures; the others go on. `models/NAME` is the run of the first
-    seed, `models/NAME-seedS` those of the others.
+    A mechanism that fails has "error" in its entry instead of figures; the others go on. `models/NAME` is the run of
+    the first seed, `models/NAME-seedS` those of the others.
 
     Args:
         settings: what is compared.
@@ -160,6 +58,7 @@ def compare(settings: CompareSettings, *, command: str = "", log: Callable[[str]
         raise ValueError(f"out={str(out)!r} holds results; add --resume to go on or --overwrite to replace them")
     for name in names:
         settings.training(name, settings.seeds[0], out)
+    model_info(settings.host)
     data = load_dataset(settings.data, settings.image_size)
     picture = open_image(settings.image) if settings.image else to_picture(data.val[0][0], data)
     at = query_fractions(settings.query, picture.size)
@@ -170,7 +69,7 @@ def compare(settings: CompareSettings, *, command: str = "", log: Callable[[str]
         log(f"[{number}/{len(names)}] {name}: {entries[name]['summary']}")
         try:
             runs = [_train(settings, name, seed, out, log) for seed in settings.seeds]
-            model = load_classifier(out / "models" / name).model.to(pick_device(None))
+            model: Any = load_classifier(out / "models" / name).model.to(pick_device(None))
             entries[name] |= _accuracy(runs) | cost(model, settings.image_size)
             models[name] = model
         except Exception as error:  # any failure of one mechanism is a result, and the others must still be reported
@@ -225,7 +124,7 @@ def cost(model: Backbone, image_size: int) -> Row:
 
 
 def latencies(models: Mapping[str, Backbone], image_size: int, rounds: int = 3) -> dict[str, float]:
-    """Seconds per image of each model; they take turns, so that a busy moment of the machine does not fall on one alone."""
+    """Seconds per image of each model; they take turns, so that a busy moment does not fall on one alone."""
     seconds = {name: [] for name in models}
     for _ in range(rounds):
         for name, model in models.items():
@@ -289,7 +188,7 @@ def _accuracy(runs: Sequence[Row]) -> Row:
 
 
 def _results(settings: CompareSettings, data: ImageDataset, entries: Sequence[Row], command: str) -> Row:
-    batches = -(-len(data.train) // settings.batch_size) if not settings.limit_batches else settings.limit_batches
+    batches = settings.limit_batches or len(data.train) // settings.batch_size
     method = next((entry["memory_method"] for entry in entries if "memory_method" in entry), "")
     return {
         "settings": asdict(settings),
@@ -300,12 +199,13 @@ def _results(settings: CompareSettings, data: ImageDataset, entries: Sequence[Ro
             f"{data.image_size} x {data.image_size} pixels, classes {', '.join(data.classes)}",
         },
         "network": f"{settings.host}, the same for all but for its attention layers",
-        "budget": f"{settings.epochs} epochs of {batches} batches of {settings.batch_size} images, learning rate {settings.lr:g}; "
-        "the accuracy is that of the best epoch",
+        "budget": f"{settings.epochs} epochs of {batches} batches of {settings.batch_size} images, "
+        f"learning rate {settings.lr:g}; the accuracy is that of the best epoch",
         "batch": BATCH,
         "memory_method": method,
-        "pictures_note": f"Last attention layer of the trained networks, mean over heads, for one query point (ringed) in "
-        f"{settings.image or 'a validation image'}. Bright: much weight, on one scale for all; no tint: not seen at all.",
+        "pictures_note": "Last attention layer of the trained networks, mean over heads, for one query point (ringed) "
+        f"in {settings.image or 'a validation image'}. The brighter, the more weight, on one scale for all mechanisms; "
+        "without tint: not seen at all.",
         "machine": machine(),
         "finished": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "command": command,

@@ -40,7 +40,7 @@ def pattern_weights(
     samples: int = 8,
     seed: int = 0,
     **options: Any,
-) -> tuple[NDArray[np.float32], bool]:
+) -> tuple[NDArray[np.floating], bool]:
     """Weights of one query of an untrained layer, averaged over heads and random inputs: where the mechanism can look.
 
     Args:
@@ -69,7 +69,7 @@ def pattern_weights(
         layer = create_attention(name, 32, 4, grid=grid, **options).eval()
         maps = layer.attention_map(torch.randn(samples, *grid, 32), query).detach()
     weights = maps.float().mean((0, 1)).numpy()
-    return weights / max(float(weights.sum()), np.finfo(np.float32).tiny), layer.exact_map
+    return weights / max(weights.sum(), np.finfo(np.float32).tiny), layer.exact_map
 
 
 def draw_pattern(
@@ -115,7 +115,7 @@ def draw_pattern(
 
 
 def save_pattern(name: str, path: str | Path, size: int = 14) -> None:
-    """Writes the pattern of a registered attention as PNG: on a plane where it works on planes, else on a line or a volume.
+    """Writes the pattern of a registered attention as PNG: on a plane where it works on planes, else a line or volume.
 
     Args:
         name: a registered attention.
@@ -196,7 +196,7 @@ def _clean(axes: Axes, shape: Sequence[int], offset: float = 0.5) -> None:
         spine.set_visible(False)
 
 
-def _plane(weights: NDArray[np.float32], at: Sequence[int]) -> NDArray[np.float32]:
+def _plane(weights: NDArray[np.floating], at: Sequence[int]) -> NDArray[np.floating]:
     return np.atleast_2d(weights[tuple(at[:-2])])
 
 

@@ -7,6 +7,7 @@ from PIL import Image
 from torch import Tensor
 
 from gridattn.data import ImageDataset, load_dataset
+from gridattn.systems.classify import load_classifier
 
 
 def to_picture(pixels: Tensor, data: ImageDataset) -> Image.Image:
@@ -16,26 +17,27 @@ def to_picture(pixels: Tensor, data: ImageDataset) -> Image.Image:
     return Image.fromarray(array.movedim(0, -1).numpy())
 
 
-def write_unseen(spec: str, image_size: int, folder: Path) -> list[Path]:
-    """Writes one validation image of every class as PNG, named by its class.
+def write_unseen(spec: str, checkpoint: Path, folder: Path) -> list[Path]:
+    """Writes one image of every class that the training of a classifier did not see, as PNG named by its class.
 
     Args:
         spec: dataset, as `load_dataset` takes it.
-        image_size: height and width, pixels.
+        checkpoint: of the classifier; its image size and its split are used.
         folder: where to.
 
     Returns:
         The files.
 
     Raises:
-        ValueError: an unknown dataset or a size that it refuses.
+        ValueError: an unknown dataset, or a checkpoint that holds no classifier.
     """
-    data = load_dataset(spec, image_size)
+    classifier = load_classifier(checkpoint)
+    data = load_dataset(spec, classifier.preprocess.image_size, seed=classifier.seed)
     folder.mkdir(parents=True, exist_ok=True)
     labels = data.val.source.labels
     written = []
     for label in sorted(set(labels)):
-        # The middle one of a class: textures are cut on a raster, and its first crop touches the border of the photograph.
+        # The middle one: textures are cut on a raster, whose first crop touches the border of the photograph.
         members = [index for index, other in enumerate(labels) if other == label]
         pixels, _ = data.val[members[len(members) // 2]]
         path = folder / f"{data.classes[label]}.png"

@@ -101,6 +101,27 @@ def parse_ints(name: str, text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
+def parse_query(text: str) -> tuple[float, float]:
+    """ROW,COLUMN of a query: fractions of the image where written with a point, pixels otherwise.
+
+    Raises:
+        ValueError: a text of another form.
+
+    Example:
+        >>> parse_query("0.5,0.25"), parse_query("100,20")
+        ((0.5, 0.25), (100, 20))
+    """
+    parts = text.split(",")
+    kind = float if "." in text else int
+    try:
+        row, column = (kind(part) for part in parts)
+    except ValueError:
+        raise ValueError(
+            f"query={text!r} is not of the form ROW,COLUMN, in pixels such as 120,80 or as fractions such as 0.5,0.25"
+        ) from None
+    return row, column
+
+
 def check_options(options: Mapping[str, Mapping[str, Any]]) -> None:
     """Raises ValueError for an unknown attention, or an option that it does not have."""
     for name, given in options.items():

@@ -1,5 +1,6 @@
 """Where does this point look? The attention of one query point, drawn over an image, for any registered mechanism."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,6 @@ from gridattn.lab.pictures import HEAT, colour_bar, heat_axes, kind_of_map
 from gridattn.lab.selection import check_options, select_attentions
 from gridattn.models import create_model
 from gridattn.models.common import Backbone
-from gridattn.systems.classify import load_classifier
-from gridattn.systems.output import write_json
 
 HOST = "grid_vit_micro"
 IMAGE_SIZE = 128
@@ -38,7 +37,7 @@ class View:
     """
 
     attention: str
-    weights: NDArray[np.float32]
+    weights: NDArray[np.floating]
     exact: bool
     query: tuple[int, int]
     layer: int
@@ -90,7 +89,7 @@ def show(
         image: an image file, the name of an embedded photograph (`PHOTOGRAPHS`), or a picture.
         attention: names or patterns (`select_attentions`). With a checkpoint it may be left out, and must otherwise be
             what the checkpoint holds.
-        checkpoint: a run of `gridattn train`, or the folder of a `gridattn compare`, which holds one for each mechanism.
+        checkpoint: a run of `gridattn train`, or the folder of a `gridattn compare`, which holds one a mechanism.
             Without one, a network with random weights shows what each mechanism can reach.
         query: (row, column); floats are fractions of the image's height and width, ints are pixels.
         layer: number of the layer; negative ones count from the end.
@@ -139,27 +138,6 @@ def open_image(source: str | Path) -> Image.Image:
     return read_image(source)
 
 
-def parse_query(text: str) -> tuple[float, float]:
-    """ROW,COLUMN of a query: fractions of the image where written with a point, pixels otherwise.
-
-    Raises:
-        ValueError: a text of another form.
-
-    Example:
-        >>> parse_query("0.5,0.25"), parse_query("100,20")
-        ((0.5, 0.25), (100, 20))
-    """
-    parts = text.split(",")
-    kind = float if "." in text else int
-    try:
-        row, column = (kind(part) for part in parts)
-    except ValueError:
-        raise ValueError(
-            f"query={text!r} is not of the form ROW,COLUMN, in pixels such as 120,80 or as fractions such as 0.5,0.25"
-        ) from None
-    return row, column
-
-
 def query_fractions(query: tuple[float, float], size: tuple[int, int]) -> tuple[float, float]:
     """A query point as fractions of an image's height and width, in [0, 1).
 
@@ -192,7 +170,8 @@ def save(shown: Shown, picture: Path, numbers: Path | None = None) -> None:
     picture.parent.mkdir(parents=True, exist_ok=True)
     shown.figure.savefig(picture)
     if numbers is not None:
-        write_json(numbers, {"views": [view.record() for view in shown.views]})
+        numbers.parent.mkdir(parents=True, exist_ok=True)
+        numbers.write_text(json.dumps({"views": [view.record() for view in shown.views]}), encoding="utf-8")
 
 
 def scale_image(picture: Image.Image, size: int, network: Backbone) -> Image.Image:
@@ -241,7 +220,7 @@ def look(
     rows, columns = tokens.shape[1:-1]
     query = int(at[0] * rows), int(at[1] * columns)
     weights = attention.attention_map(tokens, query).detach().float().mean((0, 1)).cpu().numpy()
-    weights = weights / max(float(weights.sum()), np.finfo(np.float32).tiny)
+    weights = weights / max(weights.sum(), np.finfo(np.float32).tiny)
     return View(name, weights, attention.exact_map, query, number, trained)
 
 
@@ -277,12 +256,12 @@ def _trained(attention: str | Sequence[str] | None, path: Path) -> list[tuple[st
             if name not in held:
                 raise ValueError(f"checkpoint={str(path)!r} holds no model with attention {name!r}; it holds {held}")
         return [network for name in names for network in _trained(None, path / "models" / name)]
+    from gridattn.systems.classify import load_classifier  # slow to import, and not needed without a checkpoint
+
     classifier = load_classifier(path)
     model = classifier.model
-    if not model.attention_layers():
-        raise ValueError(
-            f"checkpoint={str(path)!r} holds the model {model.config['name']!r}, which has no attention layers"
-        )
+    if not isinstance(model, Backbone) or not model.attention_layers():
+        raise ValueError(f"checkpoint={str(path)!r} holds a model without attention layers")
     name = model.config.get("attention", model.config["name"])
     if attention is not None and select_attentions(attention) != [name]:
         raise ValueError(f"checkpoint={str(path)!r} holds a model with attention {name!r}, not {attention!r}")

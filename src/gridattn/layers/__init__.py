@@ -1,30 +1,48 @@
 """Attention layers: one interface, `(B, *grid, C)` in and `(B, *grid, C)` out."""
 
-from gridattn.layers.channel import ChannelAttention
 from gridattn.layers.alibi import AlibiAttention, CrossAlibiAttention
+from gridattn.layers.attentive_conv import AttentiveConv
+from gridattn.layers.channel import ChannelAttention
+from gridattn.layers.class_semantics import ClassSemanticsAttention
 from gridattn.layers.common import GridAttention
 from gridattn.layers.dual import DualAttention
+from gridattn.layers.epipolar import EpipolarAttention
+from gridattn.layers.gated_positional import GatedPositionalAttention
 from gridattn.layers.global_attention import GlobalAttention
 from gridattn.layers.halo import HaloAttention
+from gridattn.layers.hybrid_scale import HybridScaleAttention
 from gridattn.layers.large_kernel import LargeKernelAttention, VisualAttention
+from gridattn.layers.msa_conv import MSAConv
+from gridattn.layers.maxvit import MultiAxisAttention
 from gridattn.layers.neighborhood import NeighborhoodAttention
+from gridattn.layers.path_mask import PolylinePathAttention
 from gridattn.layers.polarized import PolarizedSelfAttention
 from gridattn.layers.registry import AttentionInfo, attention_info, create_attention, list_attentions
+from gridattn.layers.self_guided import SelfGuidedAttention
 from gridattn.layers.ulsam import UltraLightweightSubspaceAttention
 from gridattn.layers.window import WindowAttention
 
 __all__ = [
     "AlibiAttention",
-    "CrossAlibiAttention",
     "AttentionInfo",
+    "AttentiveConv",
     "ChannelAttention",
+    "ClassSemanticsAttention",
+    "CrossAlibiAttention",
     "DualAttention",
+    "EpipolarAttention",
+    "GatedPositionalAttention",
     "GlobalAttention",
     "GridAttention",
     "HaloAttention",
+    "HybridScaleAttention",
     "LargeKernelAttention",
+    "MSAConv",
+    "MultiAxisAttention",
     "NeighborhoodAttention",
     "PolarizedSelfAttention",
+    "PolylinePathAttention",
+    "SelfGuidedAttention",
     "UltraLightweightSubspaceAttention",
     "VisualAttention",
     "WindowAttention",

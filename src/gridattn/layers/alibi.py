@@ -93,7 +93,7 @@ class AlibiAttention(GridAttention):
         q, k, v = self._project(x)
 
         def attend(value: Tensor) -> Tensor:
-            out = alibi_attention(*(t.flatten(1, -3) for t in (q, k, value)), bias)
+            out = alibi_attention(q.flatten(1, -3), k.flatten(1, -3), value.flatten(1, -3), bias)
             return out.view(value.shape)
 
         return value_gradient_map(attend, v, position)

@@ -75,17 +75,21 @@ class ChannelAttention(GridAttention):
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
         thirds = rearrange(self.qkv(x), "... (three g e) -> three ... g e", three=3, g=self.num_heads)
-        query, key, value = thirds if self.dynamic_scale else thirds.roll(-1, 0)
-        return query, key, value
+        query, key, value = (0, 1, 2) if self.dynamic_scale else (1, 2, 0)
+        return thirds[query], thirds[key], thirds[value]
 
     def _by_gram_matrix(self, x: Tensor) -> bool:
-        """Whether the form whose cost does not pay for projections at every position is the cheaper one.
+        """Whether to use the form that needs no projection at every position.
 
         A Gram matrix in half precision would lose digits, and a symbolic size cannot decide.
         """
         positions = prod(x.shape[1:-1])
         exact = x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(x.device.type)
-        return exact and isinstance(positions, int) and positions >= 3 * self.dim
+        return exact and isinstance(positions, int) and self._gram_matrix_pays(positions)
+
+    def _gram_matrix_pays(self, positions: int) -> bool:
+        # Its products of C x C matrices, one set a sample, must be small beside those with all positions.
+        return positions >= 3 * self.dim and positions * self.dim >= 2**16
 
     def _attend_by_gram_matrix(self, x: Tensor, scale: float) -> Tensor:
         weight, bias = self.qkv.weight, self.qkv.bias
@@ -98,7 +102,7 @@ class ChannelAttention(GridAttention):
 
     def macs(self, grid: Sequence[int]) -> int:
         positions, dim = prod(grid), self.dim
-        if positions >= 3 * dim:
+        if self._gram_matrix_pays(positions):
             folded = dim * (dim + 1) * (2 * dim + 1 + self.group_dim) + dim**2 * self.group_dim
             return 2 * positions * dim**2 + folded
         return positions * (4 * dim**2 + 2 * dim * self.group_dim)

@@ -58,6 +58,7 @@ class NAT(Backbone):
         ValueError: lists that do not have one entry per level, an unknown preset, or a setting outside its range.
 
     Example:
+        >>> import torch
         >>> model = NAT(16, depths=(1, 1), num_heads=(1, 2), kernel_size=3, dilations=((2,), (1,)), num_classes=5)
         >>> model(torch.randn(1, 3, 45, 37)).shape
         torch.Size([1, 5])
@@ -172,6 +173,7 @@ class DiNATs(NAT):
     Arguments as in `NAT`. Source: arXiv 2209.15001.
 
     Example:
+        >>> import torch
         >>> model = DiNATs(12, depths=(1, 1), num_heads=(2, 3), kernel_size=3, dilations=((2,), (1,)), num_classes=5)
         >>> model(torch.randn(1, 3, 43, 50)).shape
         torch.Size([1, 5])
@@ -212,6 +214,7 @@ class IsotropicNAT(DiNATs):
     Source: arXiv 2209.15001.
 
     Example:
+        >>> import torch
         >>> model = IsotropicNAT(64, 8, embed_dim=32, depth=2, num_heads=2, kernel_size=3, dilation=2, num_classes=5)
         >>> model(torch.randn(1, 3, 70, 64)).shape
         torch.Size([1, 5])

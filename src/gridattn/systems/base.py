@@ -70,14 +70,21 @@ class Task(L.LightningModule):
         self.settings = settings
 
     def configure_optimizers(self) -> Any:
+        epochs = self.settings.epochs + self.settings.cooldown_epochs
+        return self.optimization(max(1, round(self.trainer.estimated_stepping_batches / epochs)))
+
+    def optimization(self, steps_per_epoch: int) -> Any:
+        """Optimiser and schedule, as Lightning takes them.
+
+        Raises:
+            ValueError: a name or an option that timm refuses.
+        """
         settings = self.settings
         options = {"lr": settings.lr, "weight_decay": settings.weight_decay, **settings.opt_options}
         try:
             optimizer = create_optimizer_v2(self.model, settings.opt, **options)
         except (AssertionError, TypeError) as error:
             raise ValueError(f"opt={settings.opt!r} with {options} is not allowed: {error}") from None
-        epochs = settings.epochs + settings.cooldown_epochs
-        steps_per_epoch = max(1, round(self.trainer.estimated_stepping_batches / epochs))
         scheduler, _ = create_scheduler_v2(
             optimizer,
             settings.schedule,
@@ -216,6 +223,9 @@ def fit(task: Task, train: Any, val: Any, folder: RunFolder, *, monitor: str, mo
     with _quiet():
         try:
             trainer = L.Trainer(**_trainer_options(settings, folder), callbacks=callbacks)
+            # What cannot work is found out before an earlier run is removed.
+            task.optimization(steps_per_epoch=1)
+            EpochSampler(train, settings.batch_size, shuffle=True, world_size=trainer.world_size)
             if trainer.is_global_zero:
                 if path is None:
                     folder.clear()

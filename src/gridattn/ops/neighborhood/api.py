@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -15,10 +15,10 @@ from gridattn.ops.neighborhood.checks import check_additional, check_bias, check
 from gridattn.ops.neighborhood.merge import merge_attentions
 from gridattn.ops.neighborhood.plan import Plan, make_plan
 
-_HAS_NUMBA = find_spec("numba") is not None and find_spec("gridattn.ops.neighborhood.cpu") is not None
+_HAS_NUMBA = find_spec("numba") is not None
 
 
-def _attend_cpu(*args, **options) -> tuple[Tensor, Tensor | None]:
+def _attend_cpu(*args, **options) -> tuple[Tensor, Tensor]:
     from gridattn.ops.neighborhood.cpu import attend
 
     return attend(*args, **options)
@@ -37,10 +37,13 @@ def _supports_cpu(query: Tensor, key: Tensor, value: Tensor, plan: Plan) -> str 
 
 
 class Backend(NamedTuple):
-    """An implementation: `attend(query, key, value, plan, scale, bias, key_mask, need_lse)` gives (out, lse), where lse may be None
-    unless needed; `supports(query, key, value, plan)` says why it cannot run a problem, or None."""
+    """An implementation.
 
-    attend: Callable[..., tuple[Tensor, Tensor | None]]
+    `attend(query, key, value, plan, scale, bias, key_mask, need_lse)` gives (out, lse), where lse may be None unless
+    needed; `supports(query, key, value, plan)` says why it cannot run a problem, or None.
+    """
+
+    attend: Callable[..., tuple[Tensor, Any]]
     supports: Callable[[Tensor, Tensor, Tensor, Plan], str | None] = _supports_any
 
 
@@ -71,13 +74,16 @@ def neighborhood_attention(
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Generalized neighborhood attention: softmax attention of every position of a grid over a window of `kernel_size` keys.
+    """Generalized neighborhood attention: softmax attention of every position over a window of keys.
 
-    out[i] = sum_j P[i, j] v[j] with P[i] = softmax over the visible keys j of scale * <q[i], k[j]> + bias[p(j) - p(i) + k - 1].
-    Per axis, a window holds exactly k keys: it is centred on its query (an even k reaches one further back) and pushed back inside
-    at the borders; `stride` neighbouring queries share the window of their leader; a dilated window takes every d-th position; a
-    causal one ends at the query. The visible set of a position is the product of its axes' sets, p is the position within its
-    dilation group. Query head h reads key head h // (Hq / Hkv). Under autocast the op runs in the autocast dtype.
+    out[i] = sum_j P[i, j] v[j],  P[i] = softmax over the visible keys j of scale * <q[i], k[j]> + bias[p(j) - p(i) +
+    k - 1].
+
+    Per axis, a window holds exactly k keys: it is centred on its query (an even k reaches one further back) and
+    pushed back inside at the borders; `stride` neighbouring queries share the window of their leader; a dilated
+    window takes every d-th position; a causal one ends at the query. The visible set of a position is the product of
+    its axes' sets, p is the position within its dilation group. Query head h reads key head h // (Hq / Hkv). Under
+    autocast the op runs in the autocast dtype.
 
     Args:
         query: (B, *grid, Hq, D) on a grid of 1, 2 or 3 axes.
@@ -88,7 +94,7 @@ def neighborhood_attention(
         dilation: step between the keys of a window.
         is_causal: axes along which a query sees no later key.
         scale: factor of the products; D ** -0.5 when None.
-        bias: (Hq, 2k - 1 per axis), relative position bias, added after scaling; entry k - 1 is the query's own position.
+        bias: (Hq, 2k - 1 per axis), relative position bias, added after scaling; entry k - 1 is the query itself.
         key_mask: (B, *grid) bool; only keys with True may be seen.
         additional_keys: (B, N, Hkv, D), tokens visible to every query; `key_mask` and `bias` do not concern them.
         additional_values: (B, N, Hkv, Dv).
@@ -96,12 +102,13 @@ def neighborhood_attention(
         backend: "auto", "reference" (the definition), "tiled" (any device, exportable) or "cpu" (numba).
 
     Returns:
-        (B, *grid, Hq, Dv) in the dtype of the query; with `return_lse` also (B, *grid, Hq) in float32 (float64 for float64).
+        (B, *grid, Hq, Dv) in the dtype of the query; with `return_lse` also (B, *grid, Hq) in float32, or in float64
+        for float64.
 
     Raises:
-        ValueError: settings that do not fit the grid; shapes, dtypes or devices that do not fit each other; an unknown backend or one
-            that cannot run the problem; a query left without any key by `key_mask` (not checked inside torch.compile and
-            torch.export: such a query gets 0 and lse -inf).
+        ValueError: settings that do not fit the grid; shapes, dtypes or devices that do not fit each other; an
+            unknown backend or one that cannot run the problem; a query left without any key by `key_mask` (not
+            checked inside torch.compile and torch.export: such a query gets 0 and lse -inf).
         NotImplementedError: sparse or nested tensors.
 
     Source: arXiv 2504.16922 (GNA), 2403.04690 (FNA), 2204.07143 (NAT), 2209.15001 (DiNAT).
@@ -112,27 +119,28 @@ def neighborhood_attention(
         torch.Size([2, 12, 9, 4, 16])
     """
     check_choice("backend", backend, ("auto", *BACKENDS))
+    query, key, value = (_to_autocast_dtype(t) for t in (query, key, value))
+    additional_keys, additional_values = (
+        t if t is None else _to_autocast_dtype(t) for t in (additional_keys, additional_values)
+    )
     check_tensors(query, key, value)
     check_additional(key, value, additional_keys, additional_values)
     plan = _make_plan(query.shape[1:-2], kernel_size, stride, dilation, is_causal)
     check_bias(bias, query, plan)
     check_key_mask(key_mask, query, plan, spare=additional_keys is not None and additional_keys.shape[1] > 0)
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    factor = query.shape[-1] ** -0.5 if scale is None else float(scale)
     name = _choose(backend, query, key, value, plan)
 
-    query, key, value, additional_keys, additional_values = _to_autocast_dtype(
-        query, key, value, additional_keys, additional_values
-    )
     with _no_autocast(query.device.type):
         attend = BACKENDS[name].attend
-        problem = (query, key, value, plan, scale, bias, key_mask)
+        problem = (query, key, value, plan, factor, bias, key_mask)
         if additional_keys is None or additional_values is None:
             out, lse = attend(*problem, need_lse=return_lse)
         elif name == "reference":
             out, lse = attend(*problem, additional_keys=additional_keys, additional_values=additional_values)
         else:
             window = attend(*problem, need_lse=True)
-            extra = _attend_everywhere(query, additional_keys, additional_values, scale)
+            extra = _attend_everywhere(query, additional_keys, additional_values, factor)
             out, lse = merge_attentions(*zip(window, extra))
     return (out, lse) if return_lse else out
 
@@ -167,13 +175,11 @@ def _attend_everywhere(query: Tensor, key: Tensor, value: Tensor, scale: float) 
     return out.reshape(*query.shape[:-1], value.shape[-1]).to(query.dtype), lse.reshape(query.shape[:-1])
 
 
-def _to_autocast_dtype(*tensors: Tensor | None) -> list[Tensor | None]:
-    """The tensors in the dtype of the autocast region around the call; float64 stays, as in PyTorch's own ops."""
-    kind = next(t.device.type for t in tensors if t is not None)
-    if not _autocast_enabled(kind):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(kind)
-    return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
+def _to_autocast_dtype(tensor: Tensor) -> Tensor:
+    """The tensor in the dtype of the autocast region around the call; float64 stays, as in PyTorch's own ops."""
+    kind = tensor.device.type
+    keep = not tensor.is_floating_point() or tensor.dtype == torch.float64 or not _autocast_enabled(kind)
+    return tensor if keep else tensor.to(torch.get_autocast_dtype(kind))
 
 
 def _no_autocast(device_type: str) -> contextlib.AbstractContextManager:

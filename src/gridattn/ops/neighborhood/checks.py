@@ -23,7 +23,8 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, tensor in (("key", key), ("value", value)):
         if tensor.shape[:-2] != query.shape[:-2]:
             raise ValueError(
-                f"{name} has batch and grid {tuple(tensor.shape[:-2])} but query has {tuple(query.shape[:-2])}; they must be equal"
+                f"{name} has batch and grid {tuple(tensor.shape[:-2])} but query has {tuple(query.shape[:-2])}; "
+                "they must be equal"
             )
     if key.shape[-1] != query.shape[-1]:
         raise ValueError(f"key has head_dim {key.shape[-1]} but query has {query.shape[-1]}; they must be equal")
@@ -77,7 +78,7 @@ def check_bias(bias: Tensor | None, query: Tensor, plan: Plan) -> None:
 
 
 def check_key_mask(key_mask: Tensor | None, query: Tensor, plan: Plan, *, spare: bool) -> None:
-    """Checks the mask itself and, unless `spare` keys exist elsewhere or a trace runs, that it leaves every query a key."""
+    """Checks the mask and, unless there are `spare` keys elsewhere or a trace runs, that it leaves no query alone."""
     if key_mask is None:
         return
     allowed = tuple(query.shape[:-2])
@@ -93,8 +94,8 @@ def check_key_mask(key_mask: Tensor | None, query: Tensor, plan: Plan, *, spare:
     if len(empty):
         batch, *position = empty[0].tolist()
         raise ValueError(
-            f"key_mask leaves {len(empty)} queries without a key, the first at position {tuple(position)} of sample {batch}; "
-            f"every window must keep at least one key unless additional_keys are given"
+            f"key_mask leaves {len(empty)} queries without a key, the first at position {tuple(position)} of sample "
+            f"{batch}; every window must keep at least one key unless additional_keys are given"
         )
 
 

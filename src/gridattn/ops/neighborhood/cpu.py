@@ -58,7 +58,8 @@ def attend(
         (B, *grid, Hq, Dv) in the type of `query`, and the log-sum-exp of the logits (B, *grid, Hq) in float32 or float64; both
         are differentiable. A query that sees no key gives 0 and -inf.
     """
-    geometry = [list(plan.kernel_size), list(plan.stride), list(plan.dilation), list(plan.is_causal)]
+    of = plan.axes  # torch.compile reads the fields of a plan, not its properties
+    geometry = [[a.kernel for a in of], [a.stride for a in of], [a.dilation for a in of], [a.causal for a in of]]
     return torch.ops.gridattn.neighborhood_cpu(query, key, value, bias, key_mask, *geometry, scale)
 
 

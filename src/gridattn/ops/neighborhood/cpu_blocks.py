@@ -9,7 +9,7 @@ import numpy as np
 from numba import njit
 
 from gridattn.ops.neighborhood.cpu_tiles import LANES
-from gridattn.ops.neighborhood.cpu_vector import KEY_BLOCK, QUERY_BLOCK, narrow, widen
+from gridattn.ops.neighborhood.cpu_vector import KEY_BLOCK, QUERY_BLOCK, add_row, read_row, write_row
 
 HIDDEN = -1e30  # a logit that must not count; finite, so that no arithmetic on it makes a NaN
 LOG2_E = 1.0 / math.log(2.0)
@@ -26,10 +26,8 @@ def copy_box(source, start, stride, step, box, depth, pitch, target):
             row = start + (box[0, 0] + a * step[0]) * stride[1] + (box[1, 0] + b * step[1]) * stride[2]
             for c in range(box[2, 1]):
                 at = row + (box[2, 0] + c * step[2]) * stride[3]
-                for d in range(depth):
-                    target[to + d] = widen(source[at + d])
-                for d in range(depth, pitch):
-                    target[to + d] = 0
+                read_row(source, at, 1.0, depth, target, to)
+                target[to + depth : to + pitch] = 0
                 to += pitch
 
 
@@ -42,8 +40,7 @@ def add_box(source, factor, start, stride, step, box, depth, pitch, target):
             row = start + (box[0, 0] + a * step[0]) * stride[1] + (box[1, 0] + b * step[1]) * stride[2]
             for c in range(box[2, 1]):
                 to = row + (box[2, 0] + c * step[2]) * stride[3]
-                for d in range(depth):
-                    target[to + d] += source[at + d] * factor
+                add_row(source, at, factor, depth, target, to)
                 at += pitch
 
 
@@ -168,8 +165,7 @@ def load_queries(source, start, stride, step, tile, shape, depth, pitch, factor,
                 to = ((a * shape[1] + b) * shape[2] + c) * pitch
                 at = start + (tile[0, 0] + a * step[0]) * stride[1]
                 at += (tile[1, 0] + b * step[1]) * stride[2] + (tile[2, 0] + c * step[2]) * stride[3]
-                for d in range(depth):
-                    target[to + d] = widen(source[at + d]) * factor
+                read_row(source, at, factor, depth, target, to)
 
 
 @njit(**COMPILED)
@@ -181,8 +177,7 @@ def store_queries(source, factors, start, stride, step, tile, shape, depth, pitc
                 lane = (a * shape[1] + b) * shape[2] + c
                 to = start + (tile[0, 0] + a * step[0]) * stride[1]
                 to += (tile[1, 0] + b * step[1]) * stride[2] + (tile[2, 0] + c * step[2]) * stride[3]
-                for d in range(depth):
-                    target[to + d] = narrow(source[lane * pitch + d] * factors[lane], target)
+                write_row(source, lane * pitch, factors[lane], depth, target, to)
 
 
 @njit(**COMPILED)
@@ -256,11 +251,3 @@ def start_of(stride, sample, head):
 def room(dtype_of, rows, pitch):
     """Zeros, in the type of an array."""
     return np.zeros(rows * pitch, dtype_of.dtype)
-
-
-@njit(**COMPILED, fastmath={"reassoc", "contract"})
-def dot(a, b, start, length):
-    total = a[start] * b[start]
-    for i in range(start + 1, start + length):
-        total += a[i] * b[i]
-    return total

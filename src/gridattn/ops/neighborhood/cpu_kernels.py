@@ -21,7 +21,6 @@ from gridattn.ops.neighborhood.cpu_blocks import (
     add_bias_gradient,
     add_box,
     copy_box,
-    dot,
     hide_keys,
     hide_masked,
     lay_out_pattern,
@@ -38,6 +37,7 @@ from gridattn.ops.neighborhood.cpu_tiles import LANES
 from gridattn.ops.neighborhood.cpu_vector import (
     KEY_BLOCK,
     QUERY_BLOCK,
+    dot,
     exponentials,
     outer_add,
     scores,
@@ -147,7 +147,7 @@ def backward(
     p, ds = room(lse, most_keys, LANES), room(lse, most_keys, LANES)
     q_rows, q_lanes, d_q_rows = room(lse, LANES, pitch), room(lse, LANES, pitch), room(lse, LANES, pitch)
     o_rows, do_rows, do_lanes = room(lse, LANES, value_pitch), room(lse, LANES, value_pitch), room(lse, LANES, value_pitch)
-    shift, d_shift, unused = room(lse, LANES, 1), room(lse, LANES, 1), room(lse, LANES, 1)
+    delta, shift, d_shift, unused = room(lse, LANES, 1), room(lse, LANES, 1), room(lse, LANES, 1), room(lse, LANES, 1)
     scales = np.full(LANES, scale, lse.dtype)
 
     while True:
@@ -186,7 +186,8 @@ def backward(
                     load_queries(lse, lse_start, strides[5], step, tile, shape, 1, 1, LOG2_E, shift)
                     load_queries(d_lse, d_lse_start, strides[7], step, tile, shape, 1, 1, 1.0, d_shift)
                     for lane in range(LANES):
-                        d_shift[lane] -= dot(do_rows, o_rows, lane * value_pitch, value_depth)
+                        dot(do_rows, o_rows, lane * value_pitch, value_pitch, delta, lane)
+                        d_shift[lane] -= delta[lane]
                         if shift[lane] == -np.inf:  # no query, or one that sees nothing: P = 2^(z - shift) is 0
                             shift[lane] = -HIDDEN
                             d_shift[lane] = 0

@@ -28,16 +28,17 @@ _FORMATS = {types.float32: (6, 32, 23, 127), types.float64: (12, 64, 52, 1023)}
 
 
 class _Vectors:
-    """Emits operations on vectors of LANES numbers."""
+    """Emits operations on vectors of `width` numbers."""
 
-    def __init__(self, context: Any, builder: ir.IRBuilder, dtype: types.Float):
+    def __init__(self, context: Any, builder: ir.IRBuilder, dtype: types.Float, width: int = LANES):
         self.builder = builder
         self.dtype = dtype
+        self.width = width
         self.scalar = context.get_value_type(dtype)
-        self.type = ir.VectorType(self.scalar, LANES)
+        self.type = ir.VectorType(self.scalar, width)
 
     def constant(self, value: float) -> ir.Constant:
-        return ir.Constant(self.type, [value] * LANES)
+        return ir.Constant(self.type, [value] * self.width)
 
     def element(self, array: ir.Value, index: ir.Value) -> ir.Value:
         return self.builder.load(self.builder.gep(array, [index]))
@@ -51,12 +52,45 @@ class _Vectors:
     def store(self, vector: ir.Value, array: ir.Value, index: ir.Value) -> None:
         self.builder.store(vector, self._vector_pointer(array, index), align=self.dtype.bitwidth // 8)
 
+    def load_stored(self, array: ir.Value, index: ir.Value) -> ir.Value:
+        """Loads from a row that is stored as float or as bfloat16."""
+        if array.type.pointee == self.scalar:
+            return self.load(array, index)
+        halves = self._integers(16)
+        pointer = self.builder.bitcast(self.builder.gep(array, [index]), halves.as_pointer())
+        bits = self.builder.zext(self.builder.load(pointer, align=2), self._integers(32))
+        return self.builder.bitcast(self.builder.shl(bits, self._integers(32, 16)), self.type)
+
+    def store_rounded(self, vector: ir.Value, array: ir.Value, index: ir.Value) -> None:
+        """Stores to a row of floats or of bfloat16, to the nearest one and in a tie to the even one."""
+        if array.type.pointee == self.scalar:
+            self.store(vector, array, index)
+            return
+        builder = self.builder
+        bits = builder.bitcast(vector, self._integers(32))
+        last = builder.and_(builder.lshr(bits, self._integers(32, 16)), self._integers(32, 1))
+        rounded = builder.add(builder.add(bits, self._integers(32, 0x7FFF)), last)
+        is_nan = builder.fcmp_unordered("uno", vector, vector)
+        bits = builder.select(is_nan, self._integers(32, 0x7FC00000), rounded)
+        halves = builder.trunc(builder.lshr(bits, self._integers(32, 16)), self._integers(16))
+        builder.store(halves, builder.bitcast(builder.gep(array, [index]), halves.type.as_pointer()), align=2)
+
+    def _integers(self, bits: int, value: int | None = None) -> Any:
+        """The type of a vector of integers, or such a vector with one value everywhere."""
+        integers = ir.VectorType(ir.IntType(bits), self.width)
+        return integers if value is None else ir.Constant(integers, [value] * self.width)
+
     def spread(self, number: ir.Value) -> ir.Value:
-        first = self.builder.insert_element(
-            ir.Constant(self.type, ir.Undefined), number, ir.Constant(ir.IntType(32), 0)
-        )
-        zeros = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
-        return self.builder.shuffle_vector(first, first, zeros)
+        undefined = ir.Constant(self.type, ir.Undefined)
+        first = self.builder.insert_element(undefined, number, ir.Constant(ir.IntType(32), 0))
+        return self.builder.shuffle_vector(first, first, self._integers(32, 0))
+
+    def total(self, vector: ir.Value) -> ir.Value:
+        """The sum of the numbers of a vector."""
+        name = f"llvm.vector.reduce.fadd.v{self.width}f{self.dtype.bitwidth}"
+        function_type = ir.FunctionType(self.scalar, [self.scalar, self.type])
+        function = cgutils.get_or_insert_function(self.builder.module, function_type, name)
+        return self.builder.call(function, [ir.Constant(self.scalar, 0.0), vector], fastmath=("reassoc",))
 
     def interleave(self, a: ir.Value, b: ir.Value, first: int) -> ir.Value:
         """LANES numbers taken in turn from `a` and `b`, from lane `first` on."""
@@ -65,7 +99,7 @@ class _Vectors:
 
     def call(self, name: str, *operands: ir.Value) -> ir.Value:
         function_type = ir.FunctionType(self.type, [self.type] * len(operands))
-        name = f"{name}.v{LANES}f{self.dtype.bitwidth}"
+        name = f"{name}.v{self.width}f{self.dtype.bitwidth}"
         return self.builder.call(cgutils.get_or_insert_function(self.builder.module, function_type, name), operands)
 
     def multiply_add(self, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
@@ -74,21 +108,18 @@ class _Vectors:
     def exp2(self, x: ir.Value) -> ir.Value:
         """2^x for x <= 0, exactly 0 where it is too small: 2^n from the exponent bits times a polynomial in x - n."""
         degree, bits, mantissa, exponent_bias = _FORMATS[self.dtype]
-        whole_type = ir.VectorType(ir.IntType(bits), LANES)
         lowest = self.constant(-float(exponent_bias))
         x = self.builder.select(self.builder.fcmp_ordered("<", x, lowest), lowest, x)  # lets a NaN pass
         n = self.call("llvm.rint", x)
         fraction = self.builder.fsub(x, n)
-        coefficients = (
-            Chebyshev.interpolate(np.exp2, degree, domain=[-0.5, 0.5]).convert(kind=np.polynomial.Polynomial).coef
-        )
+        fit = Chebyshev.interpolate(np.exp2, degree, domain=[-0.5, 0.5])
+        coefficients = fit.convert(kind=np.polynomial.Polynomial).coef
         power = self.constant(float(coefficients[-1]))
         for coefficient in coefficients[-2::-1]:
             power = self.multiply_add(power, fraction, self.constant(float(coefficient)))
-        exponent = self.builder.add(
-            self.builder.fptosi(n, whole_type), ir.Constant(whole_type, [exponent_bias] * LANES)
-        )
-        exponent = self.builder.shl(exponent, ir.Constant(whole_type, [mantissa] * LANES))
+        exponent = self.builder.fptosi(n, self._integers(bits))
+        exponent = self.builder.add(exponent, self._integers(bits, exponent_bias))
+        exponent = self.builder.shl(exponent, self._integers(bits, mantissa))
         return self.builder.fmul(power, self.builder.bitcast(exponent, self.type))
 
 
@@ -278,35 +309,63 @@ def transpose(v, rows, pitch, out):
             v.store(vector, out, builder.mul(builder.add(d, _index(i)), _index(LANES)))
 
 
-@intrinsic
-def widen(typing_context, number):
-    """The number as its kernel computes with it; a 16-bit integer holds the upper half of a float32's bits (bfloat16)."""
-    if isinstance(number, types.Float):
-        return number(number), lambda context, builder, signature, arguments: arguments[0]
-
-    def generate(context, builder, signature, arguments):
-        bits = builder.shl(builder.zext(arguments[0], ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
-        return builder.bitcast(bits, ir.FloatType())
-
-    return types.float32(number), generate
+@_vector_loop
+def dot(v, a, b, start, pitch, out, at):
+    """out[at] = sum over d of a[start + d] * b[start + d], rows of `pitch` numbers, a multiple of LANES."""
+    builder = v.builder
+    sums = _Sums(v, 1)
+    sums[0] = v.constant(0.0)
+    with _count_up(builder, start, builder.add(start, pitch), LANES) as (d, _):
+        sums[0] = v.multiply_add(v.load(a, d), v.load(b, d), sums[0])
+    builder.store(v.total(sums[0]), builder.gep(out, [at]))
 
 
-@intrinsic
-def narrow(typing_context, number, like):
-    """The number in the type of the array `like`; rounds to the nearest bfloat16, ties to even, where that is int16."""
-    if isinstance(like.dtype, types.Float):
-        return like.dtype(like.dtype, like), lambda context, builder, signature, arguments: arguments[0]
+def _row_loop(emit: Any) -> Any:
+    """Makes a function that numba code can call out of one that emits what to do with neighbouring numbers of two rows.
 
-    def generate(context, builder, signature, arguments):
-        word = ir.IntType(32)
-        bits = builder.bitcast(arguments[0], word)
-        last = builder.and_(builder.lshr(bits, ir.Constant(word, 16)), ir.Constant(word, 1))
-        rounded = builder.add(builder.add(bits, ir.Constant(word, 0x7FFF)), last)
-        is_nan = builder.fcmp_unordered("uno", arguments[0], arguments[0])
-        bits = builder.select(is_nan, ir.Constant(word, 0x7FC00000), rounded)
-        return builder.trunc(builder.lshr(bits, ir.Constant(word, 16)), ir.IntType(16))
+    The call is (source, at, factor, length, target, to): `length` numbers of `source` from `at` on, times `factor`, go to `target`
+    from `to` on. A row of 16-bit integers holds the upper halves of float32 numbers (bfloat16).
+    """
 
-    return like.dtype(types.float32, like), generate
+    def declare(typing_context, source, at, factor, length, target, to):
+        number = target.dtype if isinstance(target.dtype, types.Float) else source.dtype
+
+        def generate(context, builder, signature, arguments):
+            rows = [context.make_array(signature.args[i])(context, builder, arguments[i]).data for i in (0, 4)]
+            _, at, factor, length, _, to = arguments
+            done = _index(0)
+            for width in (LANES, 1):
+                v = _Vectors(context, builder, number, width)
+                factors = v.spread(factor)
+                stop = _whole_blocks(builder, done, length, width)
+                with _count_up(builder, done, stop, width) as (d, _):
+                    emit(v, rows[0], builder.add(at, d), factors, rows[1], builder.add(to, d))
+                done = stop
+            return context.get_dummy_value()
+
+        return types.none(source, types.int64, number, types.int64, target, types.int64), generate
+
+    declare.__name__ = emit.__name__
+    declare.__doc__ = emit.__doc__
+    return intrinsic(declare)
+
+
+@_row_loop
+def read_row(v, source, at, factors, target, to):
+    """target = source * factor, where the target is of the type that kernels compute in."""
+    v.store(v.builder.fmul(v.load_stored(source, at), factors), target, to)
+
+
+@_row_loop
+def write_row(v, source, at, factors, target, to):
+    """target = source * factor, where the source is of the type that kernels compute in."""
+    v.store_rounded(v.builder.fmul(v.load(source, at), factors), target, to)
+
+
+@_row_loop
+def add_row(v, source, at, factors, target, to):
+    """target += source * factor, both of the type that kernels compute in."""
+    v.store(v.multiply_add(v.load(source, at), factors, v.load(target, to)), target, to)
 
 
 @intrinsic

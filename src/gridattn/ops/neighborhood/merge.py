@@ -9,18 +9,19 @@ from torch import Tensor
 def merge_attentions(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Attention over a union of disjoint key sets, from the attention over each.
 
-    lse = ln(sum_i exp lse_i),  out = sum_i exp(lse_i - lse) out_i, both in float32 at least. The order does not matter, and merging
-    merged results is the same as merging all at once. A part without keys has lse -inf and does not count.
+    lse = ln(sum_i exp lse_i),  out = sum_i exp(lse_i - lse) out_i, both in float32 at least. The order does not matter,
+    and merging merged results is the same as merging all at once. A part without keys has lse -inf and does not count.
 
     Args:
         outputs: one (..., Dv) a part, all alike.
         lses: one (...) a part: natural logarithm of the sum of the exponentials of its logits.
 
     Returns:
-        out (..., Dv) in the dtype of the outputs, lse (...) in float32 (float64 for float64). 0 and -inf where no part has a key.
+        out (..., Dv) in the dtype of the outputs, lse (...) in float32, or in float64 for float64. 0 and -inf where
+        no part has a key.
 
     Raises:
-        ValueError: no parts, as many outputs as lses not given, or shapes that differ.
+        ValueError: no parts, not as many lses as outputs, or shapes that differ.
 
     Source: arXiv 2403.04690 (FNA), arXiv 2205.14135 (FlashAttention).
 

@@ -1,12 +1,14 @@
 """The definition of neighborhood attention in plain PyTorch.
 
-With V(i) the keys visible to query i (`Plan`), h' = h // (Hq / Hkv), and additional tokens visible to every query,
+With V(i) the keys visible to query i (`Plan`), h' = h // (Hq / Hkv), p the position within
+a dilation group, and additional tokens visible to every query,
 
-    S[i, j] = scale * <q[i, h], k[j, h']> + bias[h, position(j) - position(i) + kernel_size - 1]     j in V(i), key_mask[j]
+    S[i, j] = scale * <q[i, h], k[j, h']> + bias[h, p(j) - p(i) + kernel_size - 1]     j in V(i), key_mask[j]
     S[i, n] = scale * <q[i, h], additional_keys[n, h']>
     lse[i] = ln(sum_j exp S[i, j]),    P = exp(S - lse),    out[i] = sum_j P[i, j] v[j]
 
-Every window is gathered, so memory is O(N * prod(kernel_size) * D): the yardstick for the other backends, not for big grids.
+Every window is gathered, so memory is O(N * prod(kernel_size) * D): the yardstick for the other backends, not for big
+grids.
 """
 
 import torch
@@ -44,8 +46,8 @@ def attend(
         additional_values: (B, N, Hkv, Dv).
 
     Returns:
-        out (B, *grid, Hq, Dv) in the query's dtype, and lse (B, *grid, Hq) in float32 (float64 for float64). A query without any
-        key gets 0 and -inf.
+        out (B, *grid, Hq, Dv) in the query's dtype, and lse (B, *grid, Hq) in float32, or in float64 for float64. A
+        query without any key gets 0 and -inf.
     """
     heads, kv_heads, wide = query.shape[-2], key.shape[-2], torch.promote_types(query.dtype, torch.float32)
     index, visible, bias_index = window_tables(axis_keys(plan), query.device)

@@ -1,4 +1,4 @@
-"""Tables of integers as tensors on a device, made once a problem; a trace (torch.compile, torch.export) takes them as constants."""
+"""Tables of integers as tensors, made once a problem; a trace (torch.compile, torch.export) takes them as constants."""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -35,8 +35,9 @@ def window_tables(axes: tuple[AxisKey, ...], device: torch.device) -> tuple[Tens
     """The window of every query, flat.
 
     Returns:
-        With N positions and K = prod(kernel_size), each (N, K): int64 flat index of the key, bool whether the entry is a key at
-        all (a causal window may be shorter), int64 flat entry of a (2k - 1)-shaped table of relative position biases.
+        With N positions and K = prod(kernel_size), each (N, K): int64 flat index of the key, bool whether the entry is
+        a key at all (a causal window may be shorter), int64 flat entry of a (2k - 1)-shaped table of relative
+        position biases.
     """
     return to_tensors(_windows, device, axes)
 

@@ -1,8 +1,8 @@
 """Exact neighborhood attention in blocks over `scaled_dot_product_attention`: any device, differentiable, exportable.
 
-Queries are tiled; each tile attends, under a mask, to the one box of keys that holds all its windows (see `tiling`). Dilation groups
-become further tiles. Most tiles differ by a shift only and share one mask. Tiles are processed in chunks, so that memory stays
-proportional to the number of tokens.
+Queries are tiled; each tile attends, under a mask, to the one box of keys that holds all its windows (see `tiling`).
+Dilation groups become further tiles. Most tiles differ by a shift only and share one mask. Tiles are processed in
+chunks, so that memory stays proportional to the number of tokens.
 """
 
 import operator
@@ -26,7 +26,7 @@ from gridattn.ops.neighborhood.tiling import Tiling, make_tiling
 CHUNK_ELEMENTS = 1 << 22
 """Numbers that the tokens and logits of one chunk of tiles may hold on the cpu: about a cache."""
 CHUNK_ELEMENTS_ELSEWHERE = 1 << 26
-"""The same for other devices, which want more work at once, and for traces, which would repeat the code of every chunk."""
+"""The same for other devices, which want more work at once, and for traces, which hold the code of every chunk."""
 
 
 def attend(
@@ -61,7 +61,7 @@ def attend(
     else:
         out, lse = tiles.attend(q, k, v, bias)
     out = rearrange(out.index_select(0, slot), "i b h d -> b i h d").reshape(batch, *grid, heads, v.shape[-1])
-    if not need_lse:
+    if lse is None or not need_lse:
         return out, None
     return out, rearrange(lse.index_select(0, slot), "i b h 1 -> b i h").reshape(batch, *grid, heads)
 
@@ -155,7 +155,7 @@ class _Tiles:
         return rearrange(out, pattern, **sizes), None if lse is None else rearrange(lse, pattern, **sizes)
 
     def _visible(self, chunk: slice) -> tuple[Tensor, Tensor]:
-        """Whether a key is visible, bool, and its flat entry of a table of relative position biases: (tiles, i, j) both."""
+        """(tiles, i, j) both: whether a key is visible, and its flat entry of a table of relative position biases."""
         seen, entry = ([of_axis[n][of_axis[0][chunk]] for of_axis in self._by_axis()] for n in (3, 4))
         return _outer(seen, operator.and_), _outer(entry, operator.add)
 
@@ -164,8 +164,9 @@ class _Tiles:
 
 
 class _Recomputed(torch.autograd.Function):
-    """`_Tiles.attend` that keeps only its arguments for the backward pass, which runs every chunk once more: the tokens of all
-    halos are several times the tokens of the grid, and PyTorch would add up one gradient of the grid's size for every chunk."""
+    """`_Tiles.attend` that keeps only its arguments for the backward pass, which runs every chunk once more: the
+    tokens of all halos are several times the tokens of the grid, and PyTorch would add up one gradient of the grid's
+    size for every chunk."""
 
     @staticmethod
     def forward(
@@ -177,25 +178,26 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        tiles, (q, k, v, bias) = ctx.tiles, ctx.saved_tensors
-        grads = [None if t is None else torch.zeros_like(t, dtype=_wide(t.dtype)) for t in (q, k, v, bias)]
+    def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+        tiles, saved = ctx.tiles, [t for t in ctx.saved_tensors if t is not None]
+        grads = [torch.zeros_like(t, dtype=_wide(t.dtype)) for t in saved]
         rows = 0
         for chunk, alike in tiles.chunks():
             queries, keys = tiles.positions(chunk)
             places = (queries, keys, keys)
-            leaves = [t.index_select(0, place).requires_grad_() for t, place in zip((q, k, v), places)]
-            leaves += [] if bias is None else [bias.detach().requires_grad_()]
+            leaves = [t.index_select(0, place).requires_grad_() for t, place in zip(saved, places)]
+            bias = [t.detach().requires_grad_() for t in saved[3:]]
             with torch.enable_grad():
-                outputs = tiles.attend_chunk(*leaves[:3], leaves[3] if bias is not None else None, chunk, alike, keys)
+                outputs = tiles.attend_chunk(*leaves, bias[0] if bias else None, chunk, alike, keys)
             of_chunk = slice(rows, rows := rows + len(queries))
             pairs = [(out, g[of_chunk]) for out, g in zip(outputs, (grad_out, grad_lse)) if out is not None]
-            parts = torch.autograd.grad([out for out, _ in pairs], leaves, [g for _, g in pairs])
+            parts = torch.autograd.grad([out for out, _ in pairs], leaves + bias, [g for _, g in pairs])
             for total, part, place in zip(grads, parts, places):
                 total.index_add_(0, place, part.to(total.dtype))
-            if bias is not None:
-                grads[3] += parts[3]
-        return None, *(g if g is None else g.to(t.dtype) for g, t in zip(grads, (q, k, v, bias)))
+            for total, part in zip(grads[3:], parts[3:]):
+                total += part
+        grads = [g.to(t.dtype) for g, t in zip(grads, saved)]
+        return None, *grads, *[None] * (4 - len(grads))
 
 
 def _chunk_step(q: Tensor, k: Tensor, v: Tensor, sizes: tuple[int, int, bool, int, int], broadcast: bool) -> int:
@@ -245,9 +247,9 @@ def _mask(
     """The mask of some tiles; visible and bias_index (tiles, i, j), kept (tiles, B, 1, j).
 
     Returns:
-        mask, to broadcast to (tiles, B * Hkv, group * i, j): bool, or with a bias the number to add to each logit; and, with a
-        key mask, which queries see no key, to broadcast to (tiles, B * Hkv, group * i, 1). Those see every key in the mask,
-        since a softmax over nothing has no gradient.
+        mask, to broadcast to (tiles, B * Hkv, group * i, j): bool, or with a bias the number to add to each logit;
+        and, with a key mask, which queries see no key, to broadcast to (tiles, B * Hkv, group * i, 1). Those see
+        every key in the mask, since a softmax over nothing has no gradient.
     """
     if kept is None:
         mask, empty = repeat(visible, "t i j -> t 1 (g i) j", g=group), None
@@ -281,7 +283,8 @@ def _tiling_sizes(axes: tuple[AxisKey, ...]) -> tuple[int, int, bool, int, int]:
 
 @torch.compiler.assume_constant_result
 def _tiling_tables(axes: tuple[AxisKey, ...], device: torch.device) -> tuple[Tensor, ...]:
-    """Per axis (tile of the axis for each tile of the grid, query, key, visible, bias_index), then the slot of each position.
+    """Per axis (tile of the axis for each tile of the grid, query, key, visible, bias_index), then each position's
+    slot.
 
     Positions and entries are multiplied by the step of their axis, so that their sum over the axes is the flat one.
     """

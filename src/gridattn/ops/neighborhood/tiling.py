@@ -1,7 +1,8 @@
 """How blocks of queries cover a grid, and which keys each block needs: integers only.
 
-A tile is a box of t neighbouring queries per axis, all of one dilation group. The union of their windows is contiguous in the group,
-so a tile needs one box of u keys per axis (its halo). Tiles in the interior of a grid differ by a shift only.
+A tile is a box of t neighbouring queries per axis, all of one dilation group. The union of their windows is
+contiguous in the group, so a tile needs one box of u keys per axis (its halo). Tiles in the interior of a grid differ
+by a shift only.
 """
 
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ class AxisTiling:
 
     @cached_property
     def key(self) -> np.ndarray:
-        """(tiles, halo): index of each key. Halos are pushed back inside their group; one larger than its group repeats a key."""
+        """(tiles, halo): index of each key. Halos are pushed back into their group; a larger one repeats a key."""
         group = self.query[:, :1] % self.axis.dilation
         length = self._group_length[group]
         first = np.clip(self._first[:, None], 0, np.maximum(length - self.halo, 0))
@@ -87,7 +88,7 @@ class AxisTiling:
 
 @dataclass(frozen=True)
 class Tiling:
-    """Tiles of a grid: the product of the tilings of its axes, ordered so that the tiles of the commonest pattern come first."""
+    """Tiles of a grid: the product of its axes' tilings, ordered so that those of the commonest pattern come first."""
 
     axes: tuple[AxisTiling, ...]
 
@@ -165,7 +166,7 @@ def make_tiling(axes: tuple[AxisPlan, ...]) -> Tiling:
 
 
 def _axis_options(axis: AxisPlan) -> list[AxisTiling]:
-    """Tilings that cut the longest dilation group in n nearly equal parts, in whole runs of queries that share a window."""
+    """Tilings that cut the longest dilation group into equal parts, in whole runs of queries that share a window."""
     length = -(-axis.length // axis.dilation)
     parts = [n for n in range(1, length + 1) if n < 16 or -(-length // n) <= 64]
     tiles = {min(-(-length // (n * axis.stride)) * axis.stride, length) for n in parts}

@@ -1,0 +1,84 @@
+"""SG-Former: the three attentions and the pair of blocks."""
+
+from collections.abc import Mapping
+
+from case import GoldenCase, Result
+from torch import Tensor, nn
+
+from gridattn.layers.hybrid_scale import GuidedAttention, HybridScaleAttention, LepeAttention
+from gridattn.layers.self_guided import SelfGuidedPair, convert_official_attention, convert_official_block
+
+
+def _grid(case: GoldenCase, tokens: Tensor) -> Tensor:
+    return tokens.unflatten(1, (case.config["H"], case.config["W"]))
+
+
+def _options(case: GoldenCase) -> dict:
+    return {"qkv_bias": case.config.get("qkv_bias", True)}
+
+
+def _finish(case: GoldenCase, module: nn.Module, x: Tensor, y: Tensor, **outputs: Tensor) -> Result:
+    y = y.flatten(1, 2)
+    y.backward(case.inputs["cotangent"])
+    assert x.grad is not None
+    return {"out.y": y, "grad.x": x.grad} | {f"out.{name}": tensor for name, tensor in outputs.items()}
+
+
+def _load(module: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+    module.load_state_dict(state, strict=True)
+    return module.eval()
+
+
+def hybrid(case: GoldenCase) -> Result:
+    c = case.config
+    layer = HybridScaleAttention(c["dim"], c["num_heads"], reduction=c["sr_ratio"], border="crop", **_options(case))
+    x = case.leaf("x")
+    y, significance = _load(layer, convert_official_attention(case.state))(_grid(case, x), return_significance=True)
+    flattened = {"rowmajor": significance.flatten(1), "colmajor": significance.mT.flatten(1)}
+    return _finish(case, layer, x, y, **{f"significance_{order}": tensor for order, tensor in flattened.items()})
+
+
+def guided(case: GoldenCase) -> Result:
+    c = case.config
+    layer = GuidedAttention(c["dim"], c["num_heads"], reduction=c["sr_ratio"], **_options(case))
+    x = case.leaf("x")
+    y = _load(layer, convert_official_attention(case.state))(
+        _grid(case, x), significance=_grid(case, case.inputs["significance"])
+    )
+    return _finish(case, layer, x, y)
+
+
+def plain(case: GoldenCase) -> Result:
+    layer = LepeAttention(case.config["dim"], case.config["num_heads"], **_options(case))
+    x = case.leaf("x")
+    return _finish(case, layer, x, _load(layer, convert_official_attention(case.state))(_grid(case, x)))
+
+
+def pair(case: GoldenCase) -> Result:
+    c = case.config
+    blocks = SelfGuidedPair(
+        c["dim"],
+        c["num_heads"],
+        reduction=c["sr_ratio"],
+        mlp_ratio=c.get("mlp_ratio", 4.0),
+        border="crop",
+        **_options(case),
+    )
+    state = {}
+    for index, name in enumerate(("hybrid", "guided")):
+        prefix = f"block.{index}."
+        block = {key.removeprefix(prefix): t for key, t in case.state.items() if key.startswith(prefix)}
+        state |= {f"{name}.{key}": t for key, t in convert_official_block(block).items()}
+    x = case.leaf("x")
+    y, significance = _load(blocks, state)(_grid(case, x), return_significance=True)
+    flattened = {"rowmajor": significance.flatten(1), "colmajor": significance.mT.flatten(1)}
+    return _finish(case, blocks, x, y, **{f"significance_{order}": tensor for order, tensor in flattened.items()})
+
+
+ADAPTERS = {
+    "Attention(mask=False)": hybrid,
+    "Attention(mask=True)": guided,
+    "Attention(sr_ratio=1)": plain,
+    "ModuleList[Block,Block]": pair,
+}
+PENDING = {"SGFormer": "the whole model is not built yet"}
