@@ -57,11 +57,8 @@ def test_weights_of_an_inner_position_sum_to_one_and_lie_in_its_window() -> None
     torch.testing.assert_close(weights[..., 1:4, 2:5].sum((2, 3)), torch.ones(1, 2))
 
 
-@pytest.mark.parametrize(
-    "options", [{"projection": "conv"}, {"kernel_size": 5}, {"kernel_size": (5, 1), "dilation": 2}]
-)
-def test_one_exported_program_serves_every_grid(options) -> None:
-    layer = MSAConv(8, 2, **options).eval()
+def test_one_exported_program_serves_every_grid() -> None:
+    layer = MSAConv(8, 2, kernel_size=5, projection="conv").eval()
     height, width = torch.export.Dim("height", min=2, max=64), torch.export.Dim("width", min=2, max=64)
     program = torch.export.export(layer, (torch.randn(2, 14, 14, 8),), dynamic_shapes=({1: height, 2: width},))
     x = torch.randn(2, 9, 17, 8)
@@ -77,7 +74,7 @@ def test_attention_dropout_acts_in_training_only() -> None:
 def test_wrong_settings_are_named() -> None:
     with pytest.raises(ValueError, match="has no centre"):
         MSAConv(8, 2, kernel_size=2)
-    with pytest.raises(ValueError, match=r"shift=\(1,\) has 1 entries; 2 are allowed"):
+    with pytest.raises(ValueError, match=r"shift=\(1,\) is not allowed; 2 ints are, one per axis"):
         MSAConv(8, 2, shift=(1,))
     with pytest.raises(ValueError, match="projection='dense' is not known; allowed: 'pointwise', 'conv'"):
         MSAConv(8, 2, projection="dense")

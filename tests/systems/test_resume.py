@@ -14,6 +14,7 @@ import torch
 from gridattn.systems.classify import load_classifier, train_classifier
 from gridattn.systems.output import RunFolder, load_run_checkpoint
 
+PATIENCE = 600  # seconds; a few suffice where nothing else runs
 HARD = {"ema_decay": 0.9, "mixup": 0.3, "cutmix": 0.3, "drop_path_rate": 0.2, "augment": {"re_prob": 0.3}}
 
 
@@ -34,7 +35,7 @@ def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(
     common = {**HARD, "epochs": 12, "checkpoint_every": 2, "trainer": {"limit_val_batches": 1}}
     killed = tiny(**common)
     process = _start(arguments(**common))
-    last, ends = RunFolder(killed.output).last, time.monotonic() + 120
+    last, ends = RunFolder(killed.output).last, time.monotonic() + PATIENCE
     step = 0
     try:
         # Killed as soon as a checkpoint inside the second epoch or later is there: 6 steps an epoch.
@@ -79,7 +80,10 @@ def test_two_processes_train_like_one_with_a_batch_of_twice_the_size(
     process = _start(arguments(batch_size=16, opt="sgd", trainer=trainer))
     one = tiny(batch_size=32, opt="sgd", trainer={"limit_train_batches": 3}, output=str(tmp_path / "one"))
     expected = train_classifier(one)
-    log = process.communicate(timeout=120)[0]
+    try:
+        log = process.communicate(timeout=PATIENCE)[0]
+    finally:
+        process.kill()
     assert process.returncode == 0, log
     expected_weights, found = _weights(one.output, "last_model"), _weights(two.output, "last_model")
     assert all(torch.allclose(expected_weights[n], found[n], atol=1e-6) for n in found)

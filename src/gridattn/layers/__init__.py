@@ -6,15 +6,17 @@ from gridattn.layers.channel import ChannelAttention
 from gridattn.layers.class_semantics import ClassSemanticsAttention
 from gridattn.layers.common import GridAttention
 from gridattn.layers.dual import DualAttention
+from gridattn.layers.encoder_decoder import EncoderDecoderAttention
 from gridattn.layers.epipolar import EpipolarAttention
 from gridattn.layers.gated_positional import GatedPositionalAttention
 from gridattn.layers.global_attention import GlobalAttention
 from gridattn.layers.halo import HaloAttention
 from gridattn.layers.hybrid_scale import HybridScaleAttention
 from gridattn.layers.large_kernel import LargeKernelAttention, VisualAttention
-from gridattn.layers.msa_conv import MSAConv
 from gridattn.layers.maxvit import MultiAxisAttention
+from gridattn.layers.msa_conv import MSAConv
 from gridattn.layers.neighborhood import NeighborhoodAttention
+from gridattn.layers.oriented_pooling import OrientedPoolingAttention
 from gridattn.layers.path_mask import PolylinePathAttention
 from gridattn.layers.polarized import PolarizedSelfAttention
 from gridattn.layers.registry import AttentionInfo, attention_info, create_attention, list_attentions
@@ -30,6 +32,7 @@ __all__ = [
     "ClassSemanticsAttention",
     "CrossAlibiAttention",
     "DualAttention",
+    "EncoderDecoderAttention",
     "EpipolarAttention",
     "GatedPositionalAttention",
     "GlobalAttention",
@@ -40,6 +43,7 @@ __all__ = [
     "MSAConv",
     "MultiAxisAttention",
     "NeighborhoodAttention",
+    "OrientedPoolingAttention",
     "PolarizedSelfAttention",
     "PolylinePathAttention",
     "SelfGuidedAttention",

@@ -1,4 +1,4 @@
-"""SG-Former's attentions: hybrid-scale, self-guided with reallocated tokens, and plain with the same position branch."""
+"""SG-Former's attentions: hybrid-scale, guided by significance, and plain, all with the same position branch."""
 
 from collections.abc import Sequence
 from math import prod
@@ -134,7 +134,7 @@ class LepeAttention(GridAttention):
 
 @register_attention(
     "hybrid_scale",
-    summary="half of the heads see the whole grid through coarse keys, half see their window (SG-Former's hybrid block)",
+    summary="half of the heads see the whole grid through coarse keys, half see their window",
     source="arXiv 2308.12216",
 )
 class HybridScaleAttention(GridAttention):
@@ -288,7 +288,8 @@ class GuidedAttention(nn.Module):
 
     def forward(self, x: Tensor, significance: Tensor) -> Tensor:
         """(B, *grid, C) and (B, *grid) -> (B, *grid, C)."""
-        weights, biases = zip(*((sums.weight.squeeze(0), sums.bias) for sums in self.aggregate))
+        weights = [sums.get_parameter("weight").squeeze(0) for sums in self.aggregate]
+        biases = [sums.get_parameter("bias") for sums in self.aggregate]
         tokens = reallocate_tokens(x.flatten(1, -2), significance.flatten(1), weights, biases)
         return self.attention(x, tokens)
 

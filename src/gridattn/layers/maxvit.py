@@ -60,7 +60,7 @@ class PartitionAttentionBlock(nn.Module):
     linear_cost=True,
 )
 class MultiAxisAttention(GridAttention):
-    """Multi-axis self-attention: a block of attention inside windows of P neighbours an axis, then one on lattices of G.
+    """Multi-axis attention: a block of attention inside windows of P neighbours an axis, then one on lattices of G.
 
     The lattice of a position holds G positions an axis, evenly spread over the whole grid. After both, every output
     depends on every input as long as the step of the lattice is at most P. Each attention has a learned bias per
@@ -125,8 +125,8 @@ def partition_state_from_official(
     """Renames the weights of one published partition attention to those of `PartitionAttentionBlock`.
 
     There are two published layouts. A table of biases (heads, 2P - 1, 2P - 1) goes by key minus query and comes with a
-    projection into query, key and value of all heads. A table ((2P - 1)^2, heads) goes by query minus key and comes with
-    a projection into query, key and value of each head in turn.
+    projection into query, key and value of all heads. A table ((2P - 1)^2, heads) goes by query minus key and comes
+    with a projection into query, key and value of each head in turn.
 
     Args:
         state: norm1, attn.qkv, attn.rel_pos.relative_position_bias_table, attn.proj, norm2 and mlp of one sub-layer.

@@ -95,17 +95,34 @@ class MbConv(nn.Module):
         shortcut = x if self.stride == 1 else _average_2x2(x)
         if self.shortcut is not None:
             shortcut = self.shortcut(shortcut)
-        x = self.expand(self.pre_norm(x))
-        x = self._depthwise(self.act(self.norm1(x)))
-        x = self.squeeze_excitation(self.act(self.norm2(x)))
+        x = self.act(self._expand(x))
+        x = self.act(self._depthwise(x))
+        x = self.squeeze_excitation(x)
         return shortcut + self.drop_path(self.project(x))
 
+    def _expand(self, x: Tensor) -> Tensor:
+        """norm1(expand(pre_norm(x))); with fixed statistics all three are one affine map."""
+        if self.training:
+            return self.norm1(self.expand(self.pre_norm(x)))
+        gain_in, offset_in = self.pre_norm.gain_and_offset()
+        gain, offset = self.norm1.gain_and_offset()
+        weight = gain[:, None] * self.expand.weight
+        return F.linear(x, weight * gain_in, weight @ offset_in + offset)
+
     def _depthwise(self, x: Tensor) -> Tensor:
-        # "Same" padding: of the one position that a stride of 2 on an even size needs, none comes before.
-        centred = self.stride == 1 or self.pad_both_sides
-        rows, columns = (1 if centred or size % 2 else 0 for size in x.shape[1:-1])
-        padded = F.pad(x, (0, 0, columns, 1, rows, 1))
-        return self.depthwise(padded.movedim(-1, 1)).movedim(1, -1)
+        """norm2(depthwise(x)); with fixed statistics both are one convolution."""
+        if self.training:
+            return self.norm2(self._convolve(x, self.depthwise.weight, None))
+        gain, offset = self.norm2.gain_and_offset()
+        return self._convolve(x, gain.view(-1, 1, 1, 1) * self.depthwise.weight, offset)
+
+    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        image, padding = x.movedim(-1, 1), 1
+        if self.stride == 2 and not self.pad_both_sides:
+            # Of the one position that an even size lacks, none comes before it.
+            image = F.pad(image, [amount for size in reversed(x.shape[1:-1]) for amount in (size % 2, 1)])
+            padding = 0
+        return F.conv2d(image, weight, bias, self.stride, padding, groups=len(weight)).movedim(1, -1)
 
 
 def mbconv_options(variant: str, dim: int) -> dict[str, Any]:

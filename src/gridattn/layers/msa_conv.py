@@ -84,8 +84,8 @@ class MSAConv(GridAttention):
         check_probability("attention_dropout", attention_dropout)
         check_probability("projection_dropout", projection_dropout)
         window_reach(kernel_size, dilation, self.rank)
-        if shift is not None and len(shift) != self.rank:
-            raise ValueError(f"shift={shift!r} has {len(shift)} entries; {self.rank} are allowed, one per axis")
+        if shift is not None and (len(shift) != self.rank or any(not isinstance(s, int) for s in shift)):
+            raise ValueError(f"shift={shift!r} is not allowed; {self.rank} ints are, one per axis")
         self.num_heads = num_heads
         self.kernel_size = per_axis(kernel_size, self.rank, "kernel_size")
         self.dilation = per_axis(dilation, self.rank, "dilation")
@@ -136,6 +136,10 @@ class MSAConv(GridAttention):
         return projections + msa_conv_macs(
             self.dim, grid, self.kernel_size, self.dilation, border=self.border, backend=self.backend
         )
+
+    def memory(self, grid: Sequence[int], bytes_per_element: int = 4) -> int:
+        weights = 2 * self.num_heads * prod(self.kernel_size)
+        return prod(grid) * (5 * self.dim + weights) * bytes_per_element
 
     def attention_map(self, x: Tensor, query: Sequence[int]) -> Tensor:
         position = self.check_query(x, query)

@@ -119,10 +119,10 @@ def significance_map(
     _check_halves(query, coarse_key, key)
     grid, coarse = query.shape[1:-2], coarse_key.shape[1:-2]
     window = _clip(window_size, grid)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
     far, near = query.chunk(2, -2)
-    received = _received(_tokens(far), _tokens(coarse_key), scale).unflatten(1, coarse)
-    local = _weights(_windows(near, window), _windows(key, window), scale, _visible(near, window)).mean((1, 2))
+    received = _received(_tokens(far), _tokens(coarse_key), factor).unflatten(1, coarse)
+    local = _weights(_windows(near, window), _windows(key, window), factor, _visible(near, window)).mean((1, 2))
     return _merge(local, window, query.shape[0], grid) + _spread(received, grid, patch)
 
 
@@ -144,15 +144,15 @@ def hybrid_scale_reference(
     """
     grid, coarse = query.shape[1:-2], coarse_key.shape[1:-2]
     window = _clip(window_size, grid)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
     far, near = (_tokens(t) for t in query.chunk(2, -2))
     position = torch.cartesian_prod(*(torch.arange(n) for n in grid)).view(-1, len(grid))
     block = position // torch.tensor(window)
     same = (block.unsqueeze(0) == block.unsqueeze(1)).all(-1)
     entry = position * torch.tensor(coarse) // torch.tensor(grid) if patch is None else position // torch.tensor(patch)
 
-    coarse_weights = (scale * far @ _tokens(coarse_key).mT).softmax(-1)
-    local_weights = (scale * near @ _tokens(key).mT).masked_fill(~same, -torch.inf).softmax(-1)
+    coarse_weights = (factor * far @ _tokens(coarse_key).mT).softmax(-1)
+    local_weights = (factor * near @ _tokens(key).mT).masked_fill(~same, -torch.inf).softmax(-1)
     out = torch.cat((coarse_weights @ _tokens(coarse_value), local_weights @ _tokens(value)), 1)
     received = coarse_weights.mean((1, 2)).unflatten(1, coarse)[(slice(None), *entry.unbind(1))]
     significance = local_weights.mean(1).sum(1) / prod(window) + received
@@ -188,7 +188,7 @@ def reallocate_tokens(x: Tensor, significance: Tensor, weights: Sequence[Tensor]
     batch, count, _ = x.shape
     if significance.shape != x.shape[:2]:
         raise ValueError(f"significance has shape {tuple(significance.shape)}; {(batch, count)} is allowed")
-    order = significance.argsort(-1, stable=True)
+    order = significance.argsort(dim=-1, stable=True)
     slots, starts, start = [], [], 0
     for size, weight in zip(_part_sizes(count, len(weights)), weights):
         missing = -size % weight.shape[0]
@@ -197,7 +197,7 @@ def reallocate_tokens(x: Tensor, significance: Tensor, weights: Sequence[Tensor]
         start = start + size
     # Rows of all samples are numbered in one list: picking whole rows has a far cheaper backward than a gather.
     rows = order[:, torch.cat(slots)] + count * torch.arange(batch, device=x.device).unsqueeze(1)
-    ranked = x.reshape(-1, x.shape[-1]).index_select(0, rows.flatten()).view(batch, -1, x.shape[-1])
+    ranked = x.reshape(-1, x.shape[-1]).index_select(0, rows.flatten()).view(*rows.shape, x.shape[-1])
     groups = [
         torch.einsum("btfc,f->btc", rearrange(part, "b (t f) c -> b t f c", f=weight.shape[0]), weight) + bias
         for part, weight, bias in zip(ranked.split(starts, 1), weights, biases)
@@ -289,7 +289,8 @@ def _received(query: Tensor, key: Tensor, scale: float) -> Tensor:
     if not isinstance(count, int):
         return _weights(query, key, scale).mean((1, 2))
     rows = max(1, _WEIGHTS_AT_ONCE // max(1, batch * heads * key.shape[2]))
-    return sum(_weights(part, key, scale).sum((1, 2)) for part in query.split(rows, 2)) / (heads * count)
+    sums = [_weights(part, key, scale).sum((1, 2)) for part in query.split(rows, 2)]
+    return torch.stack(sums).sum(0) / (heads * count)
 
 
 def _spread(coarse: Tensor, grid: Sequence[int], patch: Sequence[int] | None) -> Tensor:

@@ -123,7 +123,9 @@ def line_weights(
     return weights
 
 
-def linear_path_attention(query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, *, order: str = "both") -> Tensor:
+def linear_path_attention(
+    query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, *, order: str = "both"
+) -> Tensor:
     """Linear attention under the mask, y = ((Q K^T) * (L + L^T)) V, in O(N * head_dim * value_dim).
 
     For every feature m of the head, Q[:, m] * L(K[:, m] * V), summed over m; L acts by `path_mask_product`. Apply the
@@ -149,9 +151,7 @@ def _in_order(order: str, both: Sequence) -> list:
     return list(both) if order == "both" else [both[ORDERS.index(order) - 1]]
 
 
-def _check(
-    query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor | None, order: str, masking: str
-) -> None:
+def _check(query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor | None, order: str, masking: str) -> None:
     check_same_kind(query=query, key=key, value=value)
     check_choice("order", order, ORDERS)
     check_choice("masking", masking, MASKINGS)

@@ -19,7 +19,7 @@ QUERY_BLOCKS = LANES // QUERY_BLOCK
 
 @njit(**COMPILED)
 def copy_box(source, start, stride, step, box, depth, pitch, target):
-    """Copies the rows of a box of keys side by side, each filled up with zeros to `pitch` numbers."""
+    """Copies the rows of a box of keys side by side, `pitch` numbers apart."""
     to = 0
     for a in range(box[0, 1]):
         for b in range(box[1, 1]):
@@ -27,7 +27,6 @@ def copy_box(source, start, stride, step, box, depth, pitch, target):
             for c in range(box[2, 1]):
                 at = row + (box[2, 0] + c * step[2]) * stride[3]
                 read_row(source, at, 1.0, depth, target, to)
-                target[to + depth : to + pitch] = 0
                 to += pitch
 
 
@@ -45,7 +44,7 @@ def add_box(source, factor, start, stride, step, box, depth, pitch, target):
 
 
 @njit(**COMPILED)
-def hide_masked(key_mask, start, stride, step, box, pitch, value_pitch, keys, values, penalty):
+def hide_masked(key_mask, start, stride, step, box, keys, values, penalty):
     """Marks the keys of a box that the mask hides and clears what they hold, which may be anything."""
     row = 0
     for a in range(box[0, 1]):
@@ -55,8 +54,8 @@ def hide_masked(key_mask, start, stride, step, box, pitch, value_pitch, keys, va
                 penalty[row] = 0
                 if not key_mask[at + (box[2, 0] + c * step[2]) * stride[3]]:
                     penalty[row] = HIDDEN
-                    keys[row * pitch : (row + 1) * pitch] = 0
-                    values[row * value_pitch : (row + 1) * value_pitch] = 0
+                    keys[row] = 0
+                    values[row] = 0
                 row += 1
 
 
@@ -99,7 +98,7 @@ def lay_out_pattern(pattern, extent, box, logits, rows, lane_from, lane_to, grou
             for c in range(extent[2]):
                 for lane in range(LANES):
                     visible = sees[lane] & (pattern[2, 0, lane] <= c) & (c < pattern[2, 1, lane])
-                    logits[count * LANES + lane] = 0.0 if visible else HIDDEN
+                    logits[count, lane] = 0.0 if visible else HIDDEN
                 rows[count] = (a * box[1, 1] + b) * box[2, 1] + c
                 lane_from[count] = max(hull[a, 0, 0], hull[b, 1, 0], hull[c, 2, 0])
                 lane_to[count] = max(min(hull[a, 0, 1], hull[b, 1, 1], hull[c, 2, 1]), lane_from[count])
@@ -121,7 +120,7 @@ def lay_out_pattern(pattern, extent, box, logits, rows, lane_from, lane_to, grou
         group_count[group] = found
     for extra in range(count, -(-count // KEY_BLOCK) * KEY_BLOCK):
         rows[extra] = 0
-        logits[extra * LANES : (extra + 1) * LANES] = HIDDEN
+        logits[extra] = HIDDEN
     return count
 
 
@@ -134,26 +133,28 @@ def _bias_index(pattern, kernel, a, b, c, lane):
 
 @njit(**COMPILED)
 def add_bias(pattern, extent, kernel, bias, start, logits):
-    at = 0
+    """Replaces the 0 of visible keys by their entry of a head's bias table, in base 2."""
+    key = 0
     for a in range(extent[0]):
         for b in range(extent[1]):
             for c in range(extent[2]):
                 for lane in range(LANES):
-                    if logits[at + lane] > HIDDEN / 2:
-                        logits[at + lane] = bias[start + _bias_index(pattern, kernel, a, b, c, lane)] * LOG2_E
-                at += LANES
+                    if logits[key, lane] > HIDDEN / 2:
+                        logits[key, lane] = bias[start + _bias_index(pattern, kernel, a, b, c, lane)] * LOG2_E
+                key += 1
 
 
 @njit(**COMPILED)
 def add_bias_gradient(pattern, extent, kernel, d_logits, visible, start, d_bias):
-    at = 0
+    """Adds the gradients of a tile's logits to the entries of a head's bias table."""
+    key = 0
     for a in range(extent[0]):
         for b in range(extent[1]):
             for c in range(extent[2]):
                 for lane in range(LANES):
-                    if visible[at + lane] > HIDDEN / 2:
-                        d_bias[start + _bias_index(pattern, kernel, a, b, c, lane)] += d_logits[at + lane]
-                at += LANES
+                    if visible[key, lane] > HIDDEN / 2:
+                        d_bias[start + _bias_index(pattern, kernel, a, b, c, lane)] += d_logits[key, lane]
+                key += 1
 
 
 @njit(**COMPILED)
@@ -222,11 +223,12 @@ def open_tile(index, tile_begin, tile_end, tiles, box, tile):
 
 
 @njit(**COMPILED)
-def hide_keys(logits, penalty, first_row, rows, count, target):
+def hide_keys(visible, penalty, first_row, rows, count, logits):
+    """Logits of one tile from those of its pattern and the block's masked keys."""
     for i in range(count):
         extra = penalty[first_row + rows[i]]
         for lane in range(LANES):
-            target[i * LANES + lane] = logits[i * LANES + lane] + extra
+            logits[i, lane] = visible[i, lane] + extra
 
 
 @njit(**COMPILED)
@@ -248,6 +250,6 @@ def start_of(stride, sample, head):
 
 
 @njit(**COMPILED)
-def room(dtype_of, rows, pitch):
-    """Zeros, in the type of an array."""
-    return np.zeros(rows * pitch, dtype_of.dtype)
+def room(like, rows, pitch):
+    """(rows, pitch) zeros of the type of an array."""
+    return np.zeros((rows, pitch), like.dtype)
