@@ -19,11 +19,11 @@ from gridattn.ops.common import check_channels
     ranks=(2, 3),
 )
 class OrientedPoolingAttention(GridAttention):
-    """Multi-head self-attention among the positions that remain when one axis is pooled; the pooled axis gets one result.
+    """Multi-head self-attention among the positions that remain when one axis is pooled.
 
-    H = mean of x along `pool_axis`, y = softmax(Q K^T / sqrt(d)) V with Q, K, V projections of H, repeated along the axis. For
-    sensor signals on a grid (sensors, time) with the time axis pooled, every sensor attends to all sensors, whatever the time. There
-    is no position code.
+    H = mean of x along `pool_axis`, y = softmax(Q K^T / sqrt(d)) V with Q, K, V projections of H, repeated along the
+    axis. For signals on a grid (sensors, time) with the time axis pooled, every sensor attends to all sensors, whatever
+    the time. There is no position code.
 
     Args:
         dim: channels C.

@@ -189,7 +189,8 @@ class PolylinePathAttention(GridAttention):
         n = prod(grid)
         decays = 0 if self.path_embed is None else n * self.num_heads * self.path_embed.dt_linear.weight.numel()
         orders = 2 if self.order == "both" else 1
-        attention = (1 + orders) * n * sum(grid) * self.dim if self.decomposed else 2 * n**2 * self.dim
+        fused = orders if self.masking == "added" and self.mask != "none" else 1
+        attention = (1 + orders) * n * sum(grid) * self.dim if self.decomposed else fused * 2 * n**2 * self.dim
         return 4 * n * self.dim**2 + self.lepe.macs(grid) + decays + attention
 
     def memory(self, grid: Sequence[int], bytes_per_element: int = 4) -> int:
@@ -199,7 +200,7 @@ class PolylinePathAttention(GridAttention):
         return bytes_per_element * (5 * n * self.dim + 4 * pairs * self.num_heads)
 
     def attention_map(self, x: Tensor, query: Sequence[int]) -> Tensor:
-        """Weights of one query; they sum to one unless the mask is multiplied. The convolution of values is left out."""
+        """Weights of one query, summing to one unless the mask is multiplied; without the convolution of values."""
         position = self.check_query(x, query)
         q, k, v = self._project(x)
         log_decay = self.log_decay(x)

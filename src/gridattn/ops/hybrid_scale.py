@@ -268,7 +268,7 @@ def _windows(x: Tensor, window: Sequence[int]) -> Tensor:
 
 
 def _merge(windows: Tensor, window: Sequence[int], batch: int, grid: Sequence[int]) -> Tensor:
-    count = prod((n + w - 1) // w for n, w in zip(grid, window))
+    count = prod([(n + w - 1) // w for n, w in zip(grid, window)])
     return merge_windows(windows.reshape(batch, count, *windows.shape[1:]), window, grid)
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 def legacy_bilinear_resize(x: Tensor, size: Sequence[int]) -> Tensor:
     """Resizes the last axes bilinearly with the corner convention of TensorFlow 1.
 
-    Output index j reads source coordinate j * in / out: between floor and floor + 1 (the last sample at the end), one axis after the
-    other. `torch.nn.functional.interpolate` has no such mode.
+    Output index j reads source coordinate j * in / out: between floor and floor + 1 (the last sample at the end), one
+    axis after the other. `torch.nn.functional.interpolate` has no such mode.
 
     Args:
         x: (..., *grid) floating point.

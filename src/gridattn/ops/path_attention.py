@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from functools import reduce
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gridattn.ops.common import check_choice, check_same_kind
@@ -53,19 +54,20 @@ def path_attention(
         torch.Size([1, 4, 5, 2, 8])
     """
     _check(query, key, value, log_decay, order, masking)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
     q, k, v = (t.flatten(1, -3).transpose(1, 2) for t in (query, key, value))
-    logits = (scale * q) @ k.transpose(-1, -2)
     if log_decay is None:
-        weights = logits.softmax(-1)
+        out = F.scaled_dot_product_attention(q, k, v, scale=scale)
+        return out.transpose(1, 2).reshape(value.shape)
+    mask = path_log_mask(log_decay)
+    masks = _in_order(order, [mask, mask.transpose(-1, -2)])
+    if masking == "added":
+        # Fused attention computes the logits once per mask; that costs less than to write them out and read them back.
+        outs = [F.scaled_dot_product_attention(q, k, v, attn_mask=m.to(q.dtype), scale=scale) for m in masks]
+        out = reduce(torch.add, outs) / len(outs)
     else:
-        mask = path_log_mask(log_decay)
-        masks = _in_order(order, [mask, mask.transpose(-1, -2)])
-        if masking == "multiplied":
-            weights = logits.softmax(-1) * reduce(torch.add, [m.exp() for m in masks])
-        else:
-            weights = reduce(torch.add, [(logits + m).softmax(-1) for m in masks]) / len(masks)
-    out = weights.to(v.dtype) @ v
+        factor = q.shape[-1] ** -0.5 if scale is None else scale
+        weights = ((factor * q) @ k.transpose(-1, -2)).softmax(-1) * reduce(torch.add, [m.exp() for m in masks])
+        out = weights.to(v.dtype) @ v
     return out.transpose(1, 2).reshape(value.shape)
 
 
@@ -108,12 +110,12 @@ def line_weights(
     query: Tensor, key: Tensor, log_decay: Tensor | None = None, *, masking: str = "added", scale: float | None = None
 ) -> list[Tensor]:
     """The matrices P_a of `criss_cross_path_attention`: per axis, (B, *grid without the axis, heads, S, S)."""
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
     masks = None if log_decay is None else axis_log_masks(log_decay)
     weights = []
     for axis in range(query.ndim - 3):
         q, k = (t.movedim(axis + 1, -2) for t in (query, key))
-        logits = (scale * q) @ k.transpose(-1, -2)
+        logits = (factor * q) @ k.transpose(-1, -2)
         if masks is None:
             weights.append(logits.softmax(-1))
         elif masking == "multiplied":
@@ -139,6 +141,7 @@ def linear_path_attention(
         torch.Size([1, 4, 5, 2, 8])
     """
     _check(query, key, value, log_decay, order, "multiplied")
+    log_decay = log_decay.expand(len(query), *log_decay.shape[1:])
     outer = (key.unsqueeze(-1) * value.unsqueeze(-2)).flatten(-2)
     total = torch.zeros_like(value)
     for transposed in _in_order(order, [False, True]):

@@ -18,12 +18,18 @@ QUERY_BLOCKS = LANES // QUERY_BLOCK
 
 
 @njit(**COMPILED)
-def copy_box(source, start, stride, step, box, depth, pitch, target):
+def _start(stride, sample, head):
+    """Where a sample's head begins."""
+    return sample * stride[0] + head * stride[4]
+
+
+@njit(**COMPILED)
+def copy_box(source, stride, sample, head, step, box, depth, pitch, target):
     """Copies the rows of a box of keys side by side, `pitch` numbers apart."""
     to = 0
     for a in range(box[0, 1]):
         for b in range(box[1, 1]):
-            row = start + (box[0, 0] + a * step[0]) * stride[1] + (box[1, 0] + b * step[1]) * stride[2]
+            row = _start(stride, sample, head) + (box[0, 0] + a * step[0]) * stride[1] + (box[1, 0] + b * step[1]) * stride[2]
             for c in range(box[2, 1]):
                 at = row + (box[2, 0] + c * step[2]) * stride[3]
                 read_row(source, at, 1.0, depth, target, to)
@@ -31,12 +37,12 @@ def copy_box(source, start, stride, step, box, depth, pitch, target):
 
 
 @njit(**COMPILED)
-def add_box(source, factor, start, stride, step, box, depth, pitch, target):
+def add_box(source, factor, stride, sample, head, step, box, depth, pitch, target):
     """Adds the rows of a box, as `copy_box` lays them out, times a factor to the tensor they belong to."""
     at = 0
     for a in range(box[0, 1]):
         for b in range(box[1, 1]):
-            row = start + (box[0, 0] + a * step[0]) * stride[1] + (box[1, 0] + b * step[1]) * stride[2]
+            row = _start(stride, sample, head) + (box[0, 0] + a * step[0]) * stride[1] + (box[1, 0] + b * step[1]) * stride[2]
             for c in range(box[2, 1]):
                 to = row + (box[2, 0] + c * step[2]) * stride[3]
                 add_row(source, at, factor, depth, target, to)
@@ -44,13 +50,13 @@ def add_box(source, factor, start, stride, step, box, depth, pitch, target):
 
 
 @njit(**COMPILED)
-def hide_masked(key_mask, start, stride, step, box, keys, values, penalty):
+def hide_masked(key_mask, stride, sample, step, box, keys, values, penalty):
     """Marks the keys of a box that the mask hides and clears what they hold, which may be anything."""
     row = 0
     for a in range(box[0, 1]):
         for b in range(box[1, 1]):
             for c in range(box[2, 1]):
-                at = start + (box[0, 0] + a * step[0]) * stride[1] + (box[1, 0] + b * step[1]) * stride[2]
+                at = _start(stride, sample, 0) + (box[0, 0] + a * step[0]) * stride[1] + (box[1, 0] + b * step[1]) * stride[2]
                 penalty[row] = 0
                 if not key_mask[at + (box[2, 0] + c * step[2]) * stride[3]]:
                     penalty[row] = HIDDEN
@@ -158,25 +164,25 @@ def add_bias_gradient(pattern, extent, kernel, d_logits, visible, start, d_bias)
 
 
 @njit(**COMPILED)
-def load_queries(source, start, stride, step, tile, shape, depth, pitch, factor, target):
+def load_queries(source, factor, stride, sample, head, step, tile, shape, depth, pitch, target):
     """Copies the rows of a tile's queries, one per lane, times a factor; lanes without a query keep what they hold."""
     for a in range(tile[0, 1]):
         for b in range(tile[1, 1]):
             for c in range(tile[2, 1]):
                 to = ((a * shape[1] + b) * shape[2] + c) * pitch
-                at = start + (tile[0, 0] + a * step[0]) * stride[1]
+                at = _start(stride, sample, head) + (tile[0, 0] + a * step[0]) * stride[1]
                 at += (tile[1, 0] + b * step[1]) * stride[2] + (tile[2, 0] + c * step[2]) * stride[3]
                 read_row(source, at, factor, depth, target, to)
 
 
 @njit(**COMPILED)
-def store_queries(source, factors, start, stride, step, tile, shape, depth, pitch, target):
+def store_queries(source, factors, stride, sample, head, step, tile, shape, depth, pitch, target):
     """Writes rows of a tile's queries, each times the factor of its lane, to the tensor they belong to."""
     for a in range(tile[0, 1]):
         for b in range(tile[1, 1]):
             for c in range(tile[2, 1]):
                 lane = (a * shape[1] + b) * shape[2] + c
-                to = start + (tile[0, 0] + a * step[0]) * stride[1]
+                to = _start(stride, sample, head) + (tile[0, 0] + a * step[0]) * stride[1]
                 to += (tile[1, 0] + b * step[1]) * stride[2] + (tile[2, 0] + c * step[2]) * stride[3]
                 write_row(source, lane * pitch, factors[lane], depth, target, to)
 
@@ -245,11 +251,26 @@ def scratch_tables(most_keys):
 
 
 @njit(**COMPILED)
-def start_of(stride, sample, head):
-    return sample * stride[0] + head * stride[4]
-
-
-@njit(**COMPILED)
 def room(like, rows, pitch):
     """(rows, pitch) zeros of the type of an array."""
     return np.zeros((rows, pitch), like.dtype)
+
+
+@njit(**COMPILED)
+def numbers(like, count):
+    """(count,) zeros of the type of an array."""
+    return np.zeros(count, like.dtype)
+
+
+@njit(**COMPILED)
+def multiply(target, by, count):
+    for i in range(count):
+        for lane in range(LANES):
+            target[i, lane] *= by[i, lane]
+
+
+@njit(**COMPILED)
+def add(target, what, count):
+    for i in range(count):
+        for lane in range(LANES):
+            target[i, lane] += what[i, lane]

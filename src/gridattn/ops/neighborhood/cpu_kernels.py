@@ -17,6 +17,7 @@ from gridattn.ops.neighborhood.cpu_blocks import (
     HIDDEN,
     LOG2_E,
     QUERY_BLOCKS,
+    add,
     add_bias,
     add_bias_gradient,
     add_box,
@@ -25,12 +26,13 @@ from gridattn.ops.neighborhood.cpu_blocks import (
     hide_masked,
     lay_out_pattern,
     load_queries,
+    multiply,
+    numbers,
     open_block,
     open_run,
     open_tile,
     room,
     scratch_tables,
-    start_of,
     store_queries,
 )
 from gridattn.ops.neighborhood.cpu_tiles import LANES
@@ -65,31 +67,30 @@ def forward(
         counter: (1,) the next item, shared by all threads.
     """
     batch, heads, key_heads, depth, value_depth = sizes
+    members = heads // key_heads
     pitch, value_pitch = -(-depth // LANES) * LANES, -(-value_depth // LANES) * LANES
-    bias_size = len(bias) // heads
+    bias_size, masked = len(bias) // heads, len(key_mask) > 0
+    q_stride, k_stride, v_stride, mask_stride = strides[0], strides[1], strides[2], strides[3]
+    out_stride, lse_stride = strides[4], strides[5]
     most_keys = -(-capacity[0] // KEY_BLOCK) * KEY_BLOCK
-    block_tables, run_tables, tile, (rows, lane_from, lane_to), (group_keys, group_count) = scratch_tables(most_keys)
-    box, run_begin, run_end = block_tables
-    pattern, extent, tile_begin, tile_end = run_tables
-    keys, values, penalty = room(lse, capacity[1], pitch), room(lse, capacity[1], value_pitch), room(lse, capacity[1], 1)
-    visible, logits, p = room(lse, most_keys, LANES), room(lse, most_keys, LANES), room(lse, most_keys, LANES)
+    (box, run_begin, run_end), run_tables, tile, (rows, lane_from, lane_to), key_groups = scratch_tables(most_keys)
+    (pattern, extent, tile_begin, tile_end), (group_keys, group_count) = run_tables, key_groups
+    keys, values, penalty = room(lse, capacity[1], pitch), room(lse, capacity[1], value_pitch), numbers(lse, capacity[1])
+    visible, p = room(lse, most_keys, LANES), room(lse, most_keys, LANES)
+    logits = room(lse, most_keys, LANES) if masked else visible
     q_rows, q_lanes, sums = room(lse, LANES, pitch), room(lse, LANES, pitch), room(lse, LANES, value_pitch)
-    peak, total, ones = room(lse, LANES, 1), room(lse, LANES, 1), np.ones(LANES, lse.dtype)
+    peak, total, ones = numbers(lse, LANES), numbers(lse, LANES), np.ones(LANES, lse.dtype)
 
     while True:
         item = take_next(counter)
         if item >= batch * key_heads * len(items):
             break
         sample, key_head = divmod(open_block(item, items, blocks, box, run_begin, run_end), key_heads)
-        k_start, v_start = start_of(strides[1], sample, key_head), start_of(strides[2], sample, key_head)
-        copy_box(key, k_start, strides[1], step, box, depth, pitch, keys)
-        copy_box(value, v_start, strides[2], step, box, value_depth, value_pitch, values)
-        if len(key_mask):
-            mask_start = start_of(strides[3], sample, 0)
-            hide_masked(key_mask, mask_start, strides[3], step, box, pitch, value_pitch, keys, values, penalty)
-        for head in range(key_head * (heads // key_heads), (key_head + 1) * (heads // key_heads)):
-            q_start, out_start = start_of(strides[0], sample, head), start_of(strides[4], sample, head)
-            lse_start = start_of(strides[5], sample, head)
+        copy_box(key, k_stride, sample, key_head, step, box, depth, pitch, keys)
+        copy_box(value, v_stride, sample, key_head, step, box, value_depth, value_pitch, values)
+        if masked:
+            hide_masked(key_mask, mask_stride, sample, step, box, keys, values, penalty)
+        for head in range(key_head * members, (key_head + 1) * members):
             for run in range(np.prod(run_end - run_begin)):
                 open_run(run, run_begin, run_end, runs, tiles, patterns, pattern, extent, tile_begin, tile_end)
                 count = lay_out_pattern(pattern, extent, box, visible, rows, lane_from, lane_to, group_keys, group_count)
@@ -98,13 +99,11 @@ def forward(
                     add_bias(pattern, extent, kernel, bias, head * bias_size, visible)
                 for index in range(np.prod(tile_end - tile_begin)):
                     first = open_tile(index, tile_begin, tile_end, tiles, box, tile)
-                    load_queries(query, q_start, strides[0], step, tile, shape, depth, pitch, scale * LOG2_E, q_rows)
+                    load_queries(query, scale * LOG2_E, q_stride, sample, head, step, tile, shape, depth, pitch, q_rows)
                     transpose(q_rows, pitch, q_lanes)
-                    initial = visible
-                    if len(key_mask):
+                    if masked:
                         hide_keys(visible, penalty, first, rows, padded, logits)
-                        initial = logits
-                    scores(keys, first * pitch, pitch, depth, rows, padded, q_lanes, initial, LANES, p, peak)
+                    scores(keys, first * pitch, pitch, depth, rows, padded, q_lanes, logits, LANES, p, peak)
                     for lane in range(LANES):
                         peak[lane] = max(peak[lane], HIDDEN / 10)  # where nothing is visible, 2^(HIDDEN - peak) is still 0
                     exponentials(p, padded, peak, total)
@@ -119,8 +118,10 @@ def forward(
                         else:
                             peak[lane] = (peak[lane] + math.log2(total[lane])) * LN_2
                             total[lane] = 1 / total[lane]
-                    store_queries(sums, total, out_start, strides[4], step, tile, shape, value_depth, value_pitch, out)
-                    store_queries(peak, ones, lse_start, strides[5], step, tile, shape, 1, 1, lse)
+                    store_queries(
+                        sums, total, out_stride, sample, head, step, tile, shape, value_depth, value_pitch, out
+                    )
+                    store_queries(peak, ones, lse_stride, sample, head, step, tile, shape, 1, 1, lse)
 
 
 @njit(**COMPILED)
@@ -135,19 +136,23 @@ def backward(
         d_key, d_value: gradients to add to, of the type of `lse`. d_bias: (items, query heads per key head * table) likewise.
     """
     batch, heads, key_heads, depth, value_depth = sizes
+    members = heads // key_heads
     pitch, value_pitch = -(-depth // LANES) * LANES, -(-value_depth // LANES) * LANES
-    bias_size = len(bias) // heads
+    bias_size, masked = len(bias) // heads, len(key_mask) > 0
+    q_stride, k_stride, v_stride, mask_stride = strides[0], strides[1], strides[2], strides[3]
+    out_stride, lse_stride, do_stride, d_lse_stride = strides[4], strides[5], strides[6], strides[7]
+    dq_stride, dk_stride, dv_stride = strides[8], strides[9], strides[10]
     most_keys = -(-capacity[0] // KEY_BLOCK) * KEY_BLOCK
-    block_tables, run_tables, tile, (rows, lane_from, lane_to), (group_keys, group_count) = scratch_tables(most_keys)
-    box, run_begin, run_end = block_tables
-    pattern, extent, tile_begin, tile_end = run_tables
-    keys, values, penalty = room(lse, capacity[1], pitch), room(lse, capacity[1], value_pitch), room(lse, capacity[1], 1)
+    (box, run_begin, run_end), run_tables, tile, (rows, lane_from, lane_to), key_groups = scratch_tables(most_keys)
+    (pattern, extent, tile_begin, tile_end), (group_keys, group_count) = run_tables, key_groups
+    keys, values, penalty = room(lse, capacity[1], pitch), room(lse, capacity[1], value_pitch), numbers(lse, capacity[1])
     d_keys, d_values = room(lse, capacity[1], pitch), room(lse, capacity[1], value_pitch)
-    visible, logits, d_logits = room(lse, most_keys, LANES), room(lse, most_keys, LANES), room(lse, most_keys, LANES)
-    p, ds = room(lse, most_keys, LANES), room(lse, most_keys, LANES)
-    q_rows, q_lanes, d_q_rows = room(lse, LANES, pitch), room(lse, LANES, pitch), room(lse, LANES, pitch)
-    o_rows, do_rows, do_lanes = room(lse, LANES, value_pitch), room(lse, LANES, value_pitch), room(lse, LANES, value_pitch)
-    delta, shift, d_shift, unused = room(lse, LANES, 1), room(lse, LANES, 1), room(lse, LANES, 1), room(lse, LANES, 1)
+    visible, p, ds = room(lse, most_keys, LANES), room(lse, most_keys, LANES), room(lse, most_keys, LANES)
+    logits = room(lse, most_keys, LANES) if masked else visible
+    d_logits = room(lse, most_keys, LANES)
+    q_rows, q_lanes, dq_rows = room(lse, LANES, pitch), room(lse, LANES, pitch), room(lse, LANES, pitch)
+    out_rows, do_rows, do_lanes = room(lse, LANES, value_pitch), room(lse, LANES, value_pitch), room(lse, LANES, value_pitch)
+    delta, shift, d_shift, unused = numbers(lse, LANES), numbers(lse, LANES), numbers(lse, LANES), numbers(lse, LANES)
     scales = np.full(LANES, scale, lse.dtype)
 
     while True:
@@ -155,19 +160,14 @@ def backward(
         if item >= batch * key_heads * len(items):
             break
         sample, key_head = divmod(open_block(item, items, blocks, box, run_begin, run_end), key_heads)
-        k_start, v_start = start_of(strides[1], sample, key_head), start_of(strides[2], sample, key_head)
-        copy_box(key, k_start, strides[1], step, box, depth, pitch, keys)
-        copy_box(value, v_start, strides[2], step, box, value_depth, value_pitch, values)
-        if len(key_mask):
-            mask_start = start_of(strides[3], sample, 0)
-            hide_masked(key_mask, mask_start, strides[3], step, box, pitch, value_pitch, keys, values, penalty)
+        copy_box(key, k_stride, sample, key_head, step, box, depth, pitch, keys)
+        copy_box(value, v_stride, sample, key_head, step, box, value_depth, value_pitch, values)
+        if masked:
+            hide_masked(key_mask, mask_stride, sample, step, box, keys, values, penalty)
         d_keys[:] = 0
         d_values[:] = 0
-        for member in range(heads // key_heads):
-            head = key_head * (heads // key_heads) + member
-            q_start, out_start = start_of(strides[0], sample, head), start_of(strides[4], sample, head)
-            lse_start, d_lse_start = start_of(strides[5], sample, head), start_of(strides[7], sample, head)
-            d_out_start, d_q_start = start_of(strides[6], sample, head), start_of(strides[8], sample, head)
+        for member in range(members):
+            head = key_head * members + member
             for run in range(np.prod(run_end - run_begin)):
                 open_run(run, run_begin, run_end, runs, tiles, patterns, pattern, extent, tile_begin, tile_end)
                 count = lay_out_pattern(pattern, extent, box, visible, rows, lane_from, lane_to, group_keys, group_count)
@@ -180,44 +180,44 @@ def backward(
                 shift[:] = -np.inf
                 for index in range(np.prod(tile_end - tile_begin)):
                     first = open_tile(index, tile_begin, tile_end, tiles, box, tile)
-                    load_queries(query, q_start, strides[0], step, tile, shape, depth, pitch, scale * LOG2_E, q_rows)
-                    load_queries(out, out_start, strides[4], step, tile, shape, value_depth, value_pitch, 1.0, o_rows)
-                    load_queries(d_out, d_out_start, strides[6], step, tile, shape, value_depth, value_pitch, 1.0, do_rows)
-                    load_queries(lse, lse_start, strides[5], step, tile, shape, 1, 1, LOG2_E, shift)
-                    load_queries(d_lse, d_lse_start, strides[7], step, tile, shape, 1, 1, 1.0, d_shift)
+                    load_queries(query, scale * LOG2_E, q_stride, sample, head, step, tile, shape, depth, pitch, q_rows)
+                    load_queries(
+                        out, 1.0, out_stride, sample, head, step, tile, shape, value_depth, value_pitch, out_rows
+                    )
+                    load_queries(
+                        d_out, 1.0, do_stride, sample, head, step, tile, shape, value_depth, value_pitch, do_rows
+                    )
+                    load_queries(lse, LOG2_E, lse_stride, sample, head, step, tile, shape, 1, 1, shift)
+                    load_queries(d_lse, 1.0, d_lse_stride, sample, head, step, tile, shape, 1, 1, d_shift)
                     for lane in range(LANES):
-                        dot(do_rows, o_rows, lane * value_pitch, value_pitch, delta, lane)
+                        dot(do_rows, out_rows, lane * value_pitch, value_pitch, delta, lane)
                         d_shift[lane] -= delta[lane]
                         if shift[lane] == -np.inf:  # no query, or one that sees nothing: P = 2^(z - shift) is 0
                             shift[lane] = -HIDDEN
                             d_shift[lane] = 0
                     transpose(q_rows, pitch, q_lanes)
                     transpose(do_rows, value_pitch, do_lanes)
-                    initial = visible
-                    if len(key_mask):
+                    if masked:
                         hide_keys(visible, penalty, first, rows, padded, logits)
-                        initial = logits
-                    scores(keys, first * pitch, pitch, depth, rows, padded, q_lanes, initial, LANES, p, unused)
+                    scores(keys, first * pitch, pitch, depth, rows, padded, q_lanes, logits, LANES, p, unused)
                     exponentials(p, padded, shift, unused)
                     scores(
-                        values, first * value_pitch, value_pitch, value_depth, rows, padded, do_lanes, d_shift, 0, ds, unused
-                    )
-                    for i in range(padded * LANES):
-                        ds[i] *= p[i]
+                        values, first * value_pitch, value_pitch, value_depth, rows, padded,
+                        do_lanes, d_shift, 0, ds, unused,
+                    )  # fmt: skip
+                    multiply(ds, p, padded)
                     for group in range(QUERY_BLOCKS):
                         weighted_sum(
                             ds, group * QUERY_BLOCK, group_keys, group * most_keys, group_count[group], rows,
-                            keys, first * pitch, pitch, d_q_rows, group * QUERY_BLOCK * pitch,
+                            keys, first * pitch, pitch, dq_rows, group * QUERY_BLOCK * pitch,
                         )  # fmt: skip
-                    store_queries(d_q_rows, scales, d_q_start, strides[8], step, tile, shape, depth, pitch, d_query)
+                    store_queries(dq_rows, scales, dq_stride, sample, head, step, tile, shape, depth, pitch, d_query)
                     outer_add(ds, lane_from, lane_to, rows, count, q_rows, pitch, d_keys, first * pitch)
                     outer_add(p, lane_from, lane_to, rows, count, do_rows, value_pitch, d_values, first * value_pitch)
                     if bias_size:
-                        for i in range(count * LANES):
-                            d_logits[i] += ds[i]
+                        add(d_logits, ds, count)
                 if bias_size:
-                    bias_start = (item * (heads // key_heads) + member) * bias_size
+                    bias_start = (item * members + member) * bias_size
                     add_bias_gradient(pattern, extent, kernel, d_logits, visible, bias_start, d_bias)
-        d_k_start, d_v_start = start_of(strides[9], sample, key_head), start_of(strides[10], sample, key_head)
-        add_box(d_keys, LN_2, d_k_start, strides[9], step, box, depth, pitch, d_key)
-        add_box(d_values, 1.0, d_v_start, strides[10], step, box, value_depth, value_pitch, d_value)
+        add_box(d_keys, LN_2, dk_stride, sample, key_head, step, box, depth, pitch, d_key)
+        add_box(d_values, 1.0, dv_stride, sample, key_head, step, box, value_depth, value_pitch, d_value)
