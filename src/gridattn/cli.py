@@ -109,7 +109,9 @@ def list_(
 def train(ctx: typer.Context, system: SystemName) -> None:
     """Train a system; `gridattn train classify --help` lists its settings."""
     record = _system(ctx, system)
-    _print_json(record.train(record.parse(ctx.args)))
+    metrics = record.train(record.parse(ctx.args))
+    if metrics:  # of several processes only the first one reports
+        _print_json(metrics)
 
 
 @app.command(
@@ -252,6 +254,40 @@ def show(
     )
     lab.save(shown, out, json_out)
     print(out)
+
+
+@app.command(
+    epilog="Example: `gridattn simulate --grid 30x48x80 --kernel 18x24x24 --tile-q 4x8x8 --tile-kv 2x8x8 --sweep`"
+)
+def simulate(
+    grid: Annotated[str | None, typer.Option(help="Tokens per axis, such as 30x48x80.")] = None,
+    kernel: Annotated[str | None, typer.Option(help="Window per axis; one number serves all axes.")] = None,
+    tile_q: Annotated[str | None, typer.Option(help="Queries per tile and axis.")] = None,
+    tile_kv: Annotated[str | None, typer.Option(help="Keys per tile and axis.")] = None,
+    stride: Annotated[str, typer.Option(help="Queries per axis that share a window.")] = "1",
+    dilation: Annotated[str, typer.Option(help="Step between the keys of a window.")] = "1",
+    causal: Annotated[str, typer.Option(help="Axes that see no later key, such as 1x0x0.")] = "0",
+    dynamic: Annotated[bool, typer.Option("--dynamic", help="Key tiles start at the first key needed.")] = False,
+    sweep: Annotated[bool, typer.Option("--sweep", help="List the strides worth trying, slowest first.")] = False,
+    attention_share: Annotated[
+        float, typer.Option(help="Share of the model's run time that is self-attention, for the last column.")
+    ] = 1.0,
+    preset: Annotated[str | None, typer.Option(help="A published setting, or 'all'; prints ours beside it.")] = None,
+) -> None:
+    """How much faster than dense attention a tiled kernel can be, counted in tiles, without running anything."""
+    from gridattn.lab import simulate_rows as lab
+
+    if preset is not None:
+        _print_table("published end-to-end speed-ups and ours", lab.preset_rows(preset))
+        return
+    sizes = {"grid": grid, "kernel": kernel, "tile-q": tile_q, "tile-kv": tile_kv}
+    missing = [name for name, value in sizes.items() if value is None]
+    if missing:
+        raise ValueError(f"--{missing[0]} is missing; --grid, --kernel, --tile-q and --tile-kv go together")
+    setting = {**sizes, "stride": stride, "dilation": dilation, "causal": causal}
+    parsed = {name: lab.parse_sizes(name, str(value)) for name, value in setting.items()}
+    tiling = "dynamic" if dynamic else "static"
+    _print_table("tiles and speed-up bounds", lab.setting_rows(parsed, tiling, sweep, attention_share))
 
 
 def _system(ctx: typer.Context, slug: str) -> Any:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from gridattn.layers.global_attention import GlobalAttention
 from gridattn.layers.maxvit import MultiAxisAttention, PartitionAttentionBlock, partition_state_from_official
 from gridattn.layers.window import WindowAttention
+from gridattn.ops.partition import Layout
 
 
 def reach(layer: nn.Module, grid: tuple[int, int], query: tuple[int, int]) -> Tensor:
@@ -17,12 +18,12 @@ def reach(layer: nn.Module, grid: tuple[int, int], query: tuple[int, int]) -> Te
     return x.grad[0].abs().sum(-1) > 0
 
 
-def sub_layer(partition: str, window: int | tuple[int, ...], **options) -> PartitionAttentionBlock:
+def sub_layer(partition: Layout, window: int | tuple[int, ...], **options) -> PartitionAttentionBlock:
     return PartitionAttentionBlock(WindowAttention(8, 2, window_size=window, partition=partition, **options))
 
 
 def test_a_block_sees_its_neighbours_and_a_lattice_its_residue_class() -> None:
-    # On 6 x 6 with windows of 3: position (4, 1) is in block (1, 0) and on the lattice of rows 0, 2, 4 and columns 1, 3, 5.
+    # On 6 x 6 with windows of 3, (4, 1) is in block (1, 0) and on the lattice of rows 0, 2, 4 and columns 1, 3, 5.
     block = torch.zeros(6, 6, dtype=torch.bool)
     block[3:, :3] = True
     assert torch.equal(reach(sub_layer("block", 3), (6, 6), (4, 1)), block)
@@ -45,7 +46,7 @@ def test_windows_and_lattices_have_their_own_sizes() -> None:
 
 
 @pytest.mark.parametrize("partition", ["block", "grid"])
-def test_a_window_as_large_as_the_map_is_global_attention(partition: str) -> None:
+def test_a_window_as_large_as_the_map_is_global_attention(partition: Layout) -> None:
     layer = WindowAttention(8, 2, window_size=(5, 6), partition=partition, bias=False)
     dense = GlobalAttention(8, 2)
     dense.load_state_dict(layer.state_dict())
@@ -74,13 +75,13 @@ def test_without_position_bias_tokens_of_a_window_may_change_places() -> None:
     shuffled = x.flatten(1, 2)[:, order].view_as(x)
     torch.testing.assert_close(block(shuffled), block(x).flatten(1, 2)[:, order].view_as(x))
     biased = sub_layer("block", 4)
-    nn.init.normal_(biased.attn.relative_position_bias)
+    nn.init.normal_(biased.get_parameter("attn.relative_position_bias"))
     assert not torch.allclose(biased(shuffled), biased(x).flatten(1, 2)[:, order].view_as(x))
 
 
 @pytest.mark.parametrize("partition", ["block", "grid"])
 @pytest.mark.parametrize("grid", [(5, 7), (4, 9), (2, 3)])
-def test_padding_is_not_seen(partition: str, grid: tuple[int, int]) -> None:
+def test_padding_is_not_seen(partition: Layout, grid: tuple[int, int]) -> None:
     layer = WindowAttention(8, 2, window_size=4, partition=partition)
     nn.init.normal_(layer.qkv.bias, std=3.0)  # a padded key that were seen would weigh
     x = torch.randn(1, *grid, 8)

@@ -161,7 +161,7 @@ def test_arguments_that_do_not_fit_are_named() -> None:
     query, coarse_key, coarse_value, key, value = problem((4, 4), patch=(2, 2))
     with pytest.raises(ValueError, match="coarse_key has 4 heads; half of the query's 4 heads"):
         hybrid_scale_attention(query, query, coarse_value, key, value)
-    with pytest.raises(ValueError, match="key has shape"):
+    with pytest.raises(ValueError, match=r"key has .*query \(4, 4\)"):
         hybrid_scale_attention(query, coarse_key, coarse_value, key[:, 1:], value)
     with pytest.raises(ValueError, match="window_size=0"):
         hybrid_scale_attention(query, coarse_key, coarse_value, key, value, 0)

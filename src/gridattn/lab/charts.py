@@ -42,7 +42,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
         [0.0, 2.0, 4.0, 6.0, 8.0, 10.0]
     """
     span = max(high - low, 1e-9)
-    unit = 10 ** math.floor(math.log10(span / count))
+    unit = 10.0 ** math.floor(math.log10(span / count))
     step = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor * count >= span * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(i * step, 10) for i in range(first, max(last, first + 1) + 1)]

@@ -140,7 +140,13 @@ def _noise(model: Backbone, image_size: int) -> torch.Tensor:
 def _head(name: str, settings: CompareSettings) -> Row:
     info = attention_info(name)
     options = settings.options.get(name, {})
-    return {"name": name, "summary": info.summary, "source": info.source, "options": options}
+    return {
+        "name": name,
+        "summary": info.summary,
+        "source": info.source,
+        "exact_map": info.layer.exact_map,
+        "options": options,
+    }
 
 
 def _train(settings: CompareSettings, name: str, seed: int, out: Path, log: Callable[[str], None]) -> Row:

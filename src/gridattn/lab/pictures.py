@@ -98,8 +98,8 @@ def draw_pattern(
         ValueError: as `pattern_weights`.
 
     Example:
-        >>> len(draw_pattern("global", (6, 6), samples=1).axes)
-        3
+        >>> [panel.get_title() for panel in draw_pattern("global", (6, 6), (2, 3), samples=1).axes]
+        ['query 2, 3', '']
     """
     queries = [tuple(query)] if query is not None else _typical_queries(tuple(grid))
     figure = Figure(figsize=(3.0 * len(queries) + 0.7, 3.5), layout="constrained")

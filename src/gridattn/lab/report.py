@@ -136,7 +136,10 @@ def _curve(entry: dict[str, Any], colour: str) -> Line:
 
 
 def _picture(name: str, png: bytes, entries: Sequence[dict[str, Any]]) -> str:
-    summary = next((entry["summary"] for entry in entries if entry["name"] == name), "the image and the query point")
+    entry = next((entry for entry in entries if entry["name"] == name), None)
+    summary = "the image and the query point" if entry is None else entry["summary"]
+    if entry is not None and not entry["exact_map"]:
+        summary += " (drawn: gradients of its output, as it has no attention weights)"
     data = base64.b64encode(png).decode("ascii")
     return (
         f'<figure class="card"><img alt="{escape(name)}" src="data:image/png;base64,{data}">'

@@ -36,6 +36,7 @@ class ChannelAttention(GridAttention):
     Source: Ding et al., DaViT: Dual Attention Vision Transformers, arXiv 2204.03645.
 
     Example:
+        >>> import torch
         >>> ChannelAttention(32, num_heads=4)(torch.randn(2, 7, 9, 32)).shape
         torch.Size([2, 7, 9, 32])
     """

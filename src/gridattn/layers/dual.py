@@ -121,6 +121,7 @@ class DualAttention(GridAttention):
     Source: Ding et al., DaViT: Dual Attention Vision Transformers, arXiv 2204.03645.
 
     Example:
+        >>> import torch
         >>> DualAttention(32, num_heads=4)(torch.randn(2, 10, 9, 32)).shape
         torch.Size([2, 10, 9, 32])
     """

@@ -96,11 +96,12 @@ class MapGain(nn.Module):
     def __init__(self, dim: int, *, zero_init: bool = False) -> None:
         super().__init__()
         self.gain = nn.Conv2d(1, dim, HEAD_KERNEL, padding=HEAD_KERNEL // 2)
-        nn.init.zeros_(self.gain.bias)
         if zero_init:
             nn.init.zeros_(self.gain.weight)
         else:
             nn.init.kaiming_normal_(self.gain.weight)
+        if self.gain.bias is not None:
+            nn.init.zeros_(self.gain.bias)
 
     def forward(self, x: Tensor, attention: Tensor) -> Tensor:
         """x (B, C, h, w), attention (B, 1, H, W) -> (B, C, h, w)."""

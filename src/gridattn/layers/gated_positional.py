@@ -42,7 +42,7 @@ class Locality(NamedTuple):
     source="arXiv 2103.10697",
 )
 class GatedPositionalAttention(GridAttention):
-    """Gated positional self-attention (GPSA), A = (1 - g) softmax(Q K^T / sqrt(d)) + g P g = sigmoid(gating_param).
+    """Gated positional self-attention (GPSA), A = (1 - g) softmax(Q K^T / sqrt(d)) + g P, g = sigmoid(gating_param).
 
     P depends on positions only, P ~ exp(-strength * |k - q - centre|^2) at first, with the centres of the heads on a
     square: the heads begin as the taps of a convolution, and the value projection as the identity. Training can move
@@ -63,6 +63,7 @@ class GatedPositionalAttention(GridAttention):
     arXiv 2103.10697.
 
     Example:
+        >>> import torch
         >>> GatedPositionalAttention(36, num_heads=9)(torch.randn(2, 7, 9, 36)).shape
         torch.Size([2, 7, 9, 36])
     """
@@ -192,6 +193,7 @@ def attention_distances(layer: GatedPositionalAttention | GlobalAttention, x: Te
     Source: ConViT, arXiv 2103.10697, section 4.
 
     Example:
+        >>> import torch
         >>> attention_distances(GatedPositionalAttention(8, num_heads=4), torch.randn(2, 5, 5, 8)).shape
         torch.Size([4])
     """

@@ -49,6 +49,7 @@ class HaloAttention(GridAttention):
     Source: Vaswani et al., Scaling Local Self-Attention for Parameter Efficient Visual Backbones, arXiv 2103.12731.
 
     Example:
+        >>> import torch
         >>> HaloAttention(32, num_heads=4, block_size=4, halo_size=2)(torch.randn(2, 7, 9, 32)).shape
         torch.Size([2, 7, 9, 32])
     """

@@ -82,6 +82,7 @@ class MultiAxisAttention(GridAttention):
     Source: Tu et al., MaxViT: Multi-Axis Vision Transformer, arXiv 2204.01697.
 
     Example:
+        >>> import torch
         >>> MultiAxisAttention(32, num_heads=4)(torch.randn(2, 10, 9, 32)).shape
         torch.Size([2, 10, 9, 32])
     """

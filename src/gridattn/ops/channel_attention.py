@@ -28,6 +28,7 @@ def channel_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float
     Source: DaViT: Dual Attention Vision Transformers, arXiv 2204.03645.
 
     Example:
+        >>> import torch
         >>> q, k, v = torch.randn(3, 2, 7, 9, 4, 8).unbind(0)
         >>> channel_attention(q, k, v).shape
         torch.Size([2, 7, 9, 4, 8])
@@ -100,6 +101,7 @@ def channel_self_attention(
         (B, *grid, C).
 
     Example:
+        >>> import torch
         >>> x, qkv, proj = torch.randn(2, 20, 20, 8), torch.randn(24, 8), torch.randn(8, 8)
         >>> channel_self_attention(x, qkv, None, proj, None, num_groups=2, scale=0.1).shape
         torch.Size([2, 20, 20, 8])

@@ -24,7 +24,7 @@ def per_axis(value: Any, rank: int, name: str, *, minimum: int = 1) -> tuple[int
         >>> per_axis([3, 5], 2, "kernel_size")
         (3, 5)
     """
-    values = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,) * rank
+    values = _broadcast(value, rank)
     if len(values) != rank:
         raise ValueError(f"{name}={value!r} has {len(values)} entries; an int or {rank} ints are allowed, one per axis")
     if any(isinstance(v, bool) or not isinstance(v, int) or v < minimum for v in values):
@@ -39,7 +39,7 @@ def per_axis_flag(value: Any, rank: int, name: str) -> tuple[bool, ...]:
         >>> per_axis_flag(True, 2, "is_causal")
         (True, True)
     """
-    values = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,) * rank
+    values = _broadcast(value, rank)
     if len(values) != rank:
         raise ValueError(
             f"{name}={value!r} has {len(values)} entries; a bool or {rank} bools are allowed, one per axis"
@@ -47,6 +47,12 @@ def per_axis_flag(value: Any, rank: int, name: str) -> tuple[bool, ...]:
     if any(not isinstance(v, bool) for v in values):
         raise ValueError(f"{name}={value!r} is not allowed; every entry must be a bool")
     return values
+
+
+def _broadcast(value: Any, rank: int) -> tuple[Any, ...]:
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return tuple(value)
+    return (value,) * rank
 
 
 def check_channels(dim: int, num_heads: int) -> int:

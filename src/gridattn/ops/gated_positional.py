@@ -49,6 +49,7 @@ def gated_positional_attention(
     Source: ConViT: Improving Vision Transformers with Soft Convolutional Inductive Biases, arXiv 2103.10697.
 
     Example:
+        >>> import torch
         >>> q, k, v = torch.randn(3, 2, 7, 9, 4, 8).unbind(0)
         >>> gated_positional_attention(q, k, v, torch.randn(4, 3), torch.rand(4)).shape
         torch.Size([2, 7, 9, 4, 8])
@@ -114,6 +115,7 @@ def positional_weights(grid: Sequence[int], weight: Tensor, bias: Tensor | None 
         (heads, N, N).
 
     Example:
+        >>> import torch
         >>> positional_weights((4, 4), torch.randn(2, 3)).sum(-1).allclose(torch.ones(2, 16))
         True
     """
@@ -167,6 +169,7 @@ def attention_distance(weights: Tensor, grid: Sequence[int]) -> Tensor:
         (...): one distance per matrix.
 
     Example:
+        >>> import torch
         >>> round(attention_distance(torch.full((49, 49), 1 / 49), (7, 7)).item(), 4)
         3.6095
     """

@@ -63,6 +63,7 @@ def halo_attention(
     Source: Scaling Local Self-Attention for Parameter Efficient Visual Backbones, arXiv 2103.12731, section 3.
 
     Example:
+        >>> import torch
         >>> q, k, v = torch.randn(3, 1, 10, 13, 2, 8).unbind(0)
         >>> halo_attention(q, k, v, block_size=4, halo_size=1).shape
         torch.Size([1, 10, 13, 2, 8])

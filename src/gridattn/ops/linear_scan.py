@@ -12,18 +12,15 @@ from gridattn.ops.common import check_choice
 def linear_scan(log_decay: Tensor, x: Tensor, *, chunk: int | None = None, backend: str = "auto") -> Tensor:
     """The recurrence h_t = exp(log_decay_t) h_{t-1} + x_t from h_{-1} = 0 along the first axis.
 
-    Exact for any length. The axis is cut into chunks; inside all chunks at once the recurrence runs from a zero state,
-    then the state at the end of each chunk is carried over the later ones:
-
-        h = h_local + exp(P) h_carried, with P the sums of log_decay since the beginning of the chunk.
-
-    No exponential has a positive argument, so nothing overflows. The backward pass is the same scan in the other
-    direction, g_t = dh_t + exp(log_decay_{t+1}) g_{t+1}; it keeps `log_decay` and h and nothing of what lies between.
+    Exact for any length. The axis is cut into chunks. All chunks at once run the recurrence from a zero state, which
+    gives what each adds; the states at their beginnings follow one from another; then all chunks at once run it again
+    from these states. No exponential has a positive argument and nothing is divided, so nothing overflows. The backward
+    pass is the same scan from the end, g_t = dh_t + exp(log_decay_{t+1}) g_{t+1}, and can be differentiated again.
 
     Args:
         log_decay: (L, ...), not positive.
         x: (L, ...), of the same shape.
-        chunk: steps per chunk; about sqrt(L) when None.
+        chunk: steps per chunk; about sqrt(L / 2) when None.
         backend: "reference" is the loop over t, "auto" the scan by chunks.
 
     Returns:
@@ -46,7 +43,13 @@ def linear_scan(log_decay: Tensor, x: Tensor, *, chunk: int | None = None, backe
         raise ValueError(f"chunk={chunk} is not allowed; it must be at least 1")
     if backend == "reference":
         return _scan_step_by_step(log_decay, x)
-    return _LinearScan.apply(log_decay, x, chunk or max(1, isqrt(x.shape[0])))
+    return _LinearScan.apply(log_decay.exp(), x, chunk or _default_chunk(x.shape[0]), False)
+
+
+def _default_chunk(length: int) -> int:
+    """Steps per chunk for the fewest steps in all, 2 * chunk + length / chunk; no padding where a divisor is near."""
+    best = max(1, isqrt(length // 2))
+    return next((size for size in range(2 * best, best // 2, -1) if length % size == 0), best)
 
 
 def _scan_step_by_step(log_decay: Tensor, x: Tensor) -> Tensor:
@@ -59,47 +62,52 @@ def _scan_step_by_step(log_decay: Tensor, x: Tensor) -> Tensor:
 
 
 class _LinearScan(torch.autograd.Function):
+    """h_t = decay_t h_{t-1} + x_t, or from the end, h_t = decay_t h_{t+1} + x_t."""
+
     @staticmethod
-    def forward(log_decay: Tensor, x: Tensor, chunk: int) -> Tensor:
-        return _scan_by_chunks(log_decay, x, chunk)
+    def forward(decay: Tensor, x: Tensor, chunk: int, from_end: bool) -> Tensor:
+        return _scan_by_chunks(decay, x, chunk, from_end)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        log_decay, _, ctx.chunk = inputs
-        ctx.save_for_backward(log_decay, output)
+        decay, _, ctx.chunk, ctx.from_end = inputs
+        ctx.save_for_backward(decay, output)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None]:
-        (grad,) = grad_outputs
-        log_decay, h = ctx.saved_tensors
-        after = torch.cat([log_decay[1:], torch.zeros_like(log_decay[:1])])
-        grad_x = _LinearScan.apply(after.flip(0), grad.flip(0), ctx.chunk).flip(0)
-        before = torch.cat([torch.zeros_like(h[:1]), h[:-1]])
-        return grad_x * log_decay.exp() * before, grad_x, None
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        decay, h = ctx.saved_tensors
+        grad_x = _LinearScan.apply(_next(decay, ctx.from_end), grad_outputs[0], ctx.chunk, not ctx.from_end)
+        return grad_x * _next(h, not ctx.from_end), grad_x, None, None
 
 
-def _scan_by_chunks(log_decay: Tensor, x: Tensor, chunk: int) -> Tensor:
-    length = x.shape[0]
-    count = -(-length // chunk)
-    log_decay, x = (_cut(t, count, chunk) for t in (log_decay, x))  # (chunk, count, ...)
-    decays, h = log_decay.exp(), torch.zeros_like(x[0])
-    local = []
-    for decay, increment in zip(decays.unbind(0), x.unbind(0)):
-        h = torch.addcmul(increment, decay, h)
-        local.append(h)
-    since_start = log_decay.cumsum(0).exp()
-
-    carry, carried = torch.zeros_like(h[0]), []
-    for decay, last in zip(since_start[-1].unbind(0), h.unbind(0)):
-        carried.append(carry)
-        carry = torch.addcmul(last, decay, carry)
-    h = torch.addcmul(torch.stack(local), since_start, torch.stack(carried))
-    return h.transpose(0, 1).flatten(0, 1)[:length]
+def _next(t: Tensor, from_end: bool) -> Tensor:
+    """Entry t + 1 at place t (t - 1 from the end), zero where there is none."""
+    zero = torch.zeros_like(t[:1])
+    return torch.cat([zero, t[:-1]] if from_end else [t[1:], zero])
 
 
-def _cut(t: Tensor, count: int, chunk: int) -> Tensor:
-    """(L, ...) -> (chunk, count, ...), filled with zeros at the end."""
-    missing = count * chunk - t.shape[0]
+def _scan_by_chunks(decay: Tensor, x: Tensor, chunk: int, from_end: bool) -> Tensor:
+    length, turn = x.shape[0], -1 if from_end else 1
+    steps = [_cut(t, chunk).unbind(1)[::turn] for t in (decay, x)]  # of all chunks, (chunks, ...) each
+
+    added, kept = steps[1][0], steps[0][0]
+    for a, increment in zip(steps[0][1:], steps[1][1:]):
+        added, kept = torch.addcmul(increment, a, added), kept * a
+    state, starts = torch.zeros_like(x[0]), []
+    for a, increment in zip(kept.unbind(0)[::turn], added.unbind(0)[::turn]):
+        starts.append(state)
+        state = torch.addcmul(increment, a, state)
+
+    h, states = torch.stack(starts[::turn]), []
+    for a, increment in zip(*steps):
+        h = torch.addcmul(increment, a, h)
+        states.append(h)
+    return torch.stack(states[::turn], 1).flatten(0, 1)[:length]
+
+
+def _cut(t: Tensor, chunk: int) -> Tensor:
+    """(L, ...) -> (chunks, chunk, ...), filled with zeros at the end."""
+    missing = -t.shape[0] % chunk
     if missing:
         t = torch.cat([t, t.new_zeros(missing, *t.shape[1:])])
-    return t.unflatten(0, (count, chunk)).transpose(0, 1)
+    return t.unflatten(0, (-1, chunk))

@@ -68,7 +68,7 @@ def _forward(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, key_mask: Tensor | None,
     kernel_size: list[int], stride: list[int], dilation: list[int], is_causal: list[bool], scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    from gridattn.ops.neighborhood.cpu_kernels import forward
+    from gridattn.ops.neighborhood.cpu_kernels import SOURCES, forward
 
     out, lse = _empty_results(query, value)
     if out.numel() == 0:
@@ -79,7 +79,13 @@ def _forward(
     tensors = (query, key, value, key_mask, result, lse)
     arrays = (*map(_flat, (query, key, value)), _bias_tables(bias, lse), *map(_flat, (key_mask, result, lse)))
     problem = (*arrays, _strides(tensors, plan.rank), _sizes(query, key, value), scale, *tiling.tables, tiling.items)
-    _launch(forward, problem, items=len(tiling.items) * key.shape[0] * key.shape[-2], work=_work(query, value, plan))
+    _launch(
+        forward,
+        problem,
+        SOURCES,
+        items=len(tiling.items) * key.shape[0] * key.shape[-2],
+        work=_work(query, value, plan),
+    )
     return out if result is out else out.copy_(result), lse
 
 
@@ -94,7 +100,7 @@ def _backward(
     out: Tensor, lse: Tensor,
     kernel_size: list[int], stride: list[int], dilation: list[int], is_causal: list[bool], scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    from gridattn.ops.neighborhood.cpu_kernels import backward
+    from gridattn.ops.neighborhood.cpu_kernels import SOURCES, backward
 
     d_query, d_key, d_value, d_bias = _empty_gradients(query, key, value, bias)
     if out.numel() == 0:
@@ -112,7 +118,7 @@ def _backward(
         items = len(blocks) * key.shape[0] * key.shape[-2]
         d_tables = lse.new_zeros((key.shape[0], key.shape[-2], len(blocks), d_bias.numel() // key.shape[-2]))
         problem = (*arrays, d_tables.view(-1).numpy(), strides, sizes, scale, *tiling.tables, blocks)
-        _launch(backward, problem, items, work=3 * _work(query, value, plan) // len(tiling.phases))
+        _launch(backward, problem, SOURCES, items, work=3 * _work(query, value, plan) // len(tiling.phases))
         d_bias += d_tables.sum(dim=(0, 2)).view_as(d_bias)
     for gradient, result in ((d_query, query_result), (d_key, key_sum), (d_value, value_sum)):
         if result is not gradient:
@@ -138,7 +144,9 @@ def _differentiate(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | Non
 _forward.register_autograd(_differentiate, setup_context=_save)
 
 
-def _pairs(query: torch.Size, kernel_size: list[int], stride: list[int], dilation: list[int], is_causal: list[bool]) -> int:
+def _pairs(
+    query: torch.Size, kernel_size: list[int], stride: list[int], dilation: list[int], is_causal: list[bool]
+) -> int:
     return query[0] * query[-2] * make_plan(query[1:-2], kernel_size, stride, dilation, is_causal).num_visible
 
 
@@ -159,7 +167,9 @@ def _empty_results(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     return out, query.new_empty(query.shape[:-1], dtype=torch.promote_types(query.dtype, torch.float32))
 
 
-def _empty_gradients(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _empty_gradients(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     d_query, d_key, d_value = (tensor.new_empty(tensor.shape) for tensor in (query, key, value))
     return d_query, d_key, d_value, query.new_empty(0) if bias is None else bias.new_empty(bias.shape)
 
@@ -210,12 +220,12 @@ def _work(query: Tensor, value: Tensor, plan: Plan) -> int:
     return query.shape[0] * query.shape[-2] * plan.num_visible * (query.shape[-1] + value.shape[-1])
 
 
-def _launch(kernel: Callable[..., None], problem: tuple, items: int, work: int) -> None:
+def _launch(kernel: Callable[..., None], problem: tuple, sources: np.ndarray, items: int, work: int) -> None:
     """Runs a kernel on as many threads as PyTorch uses; the calling thread is one of them."""
     counter = np.zeros(1, dtype=np.int64)
     helpers = 0 if work < _SERIAL_WORK else min(torch.get_num_threads(), items) - 1
-    futures = [_pool().submit(kernel, *problem, counter) for _ in range(helpers)]
-    kernel(*problem, counter)
+    futures = [_pool().submit(kernel, *problem, counter, sources) for _ in range(helpers)]
+    kernel(*problem, counter, sources)
     for future in futures:
         future.result()
 

@@ -9,63 +9,78 @@ import numpy as np
 from numba import njit
 
 from gridattn.ops.neighborhood.cpu_tiles import LANES
-from gridattn.ops.neighborhood.cpu_vector import KEY_BLOCK, QUERY_BLOCK, add_row, read_row, write_row
+from gridattn.ops.neighborhood.cpu_vector import KEY_BLOCK, QUERY_BLOCK, add_row, prefetch_row, read_row, write_row
 
 HIDDEN = -1e30  # a logit that must not count; finite, so that no arithmetic on it makes a NaN
 LOG2_E = 1.0 / math.log(2.0)
-COMPILED = {"nogil": True, "cache": True}
+PREFETCH = 8  # rows between the one that is copied and the one that is asked for
 QUERY_BLOCKS = LANES // QUERY_BLOCK
 
 
-@njit(**COMPILED)
+@njit(nogil=True)
 def _start(stride, sample, head):
     """Where a sample's head begins."""
     return sample * stride[0] + head * stride[4]
 
 
-@njit(**COMPILED)
+@njit(nogil=True)
 def copy_box(source, stride, sample, head, step, box, depth, pitch, target):
     """Copies the rows of a box of keys side by side, `pitch` numbers apart."""
     to = 0
     for a in range(box[0, 1]):
         for b in range(box[1, 1]):
-            row = _start(stride, sample, head) + (box[0, 0] + a * step[0]) * stride[1] + (box[1, 0] + b * step[1]) * stride[2]
+            row = (
+                _start(stride, sample, head)
+                + (box[0, 0] + a * step[0]) * stride[1]
+                + (box[1, 0] + b * step[1]) * stride[2]
+            )
             for c in range(box[2, 1]):
                 at = row + (box[2, 0] + c * step[2]) * stride[3]
+                prefetch_row(source, at + PREFETCH * step[2] * stride[3], depth)
                 read_row(source, at, 1.0, depth, target, to)
                 to += pitch
 
 
-@njit(**COMPILED)
+@njit(nogil=True)
 def add_box(source, factor, stride, sample, head, step, box, depth, pitch, target):
     """Adds the rows of a box, as `copy_box` lays them out, times a factor to the tensor they belong to."""
     at = 0
     for a in range(box[0, 1]):
         for b in range(box[1, 1]):
-            row = _start(stride, sample, head) + (box[0, 0] + a * step[0]) * stride[1] + (box[1, 0] + b * step[1]) * stride[2]
+            row = (
+                _start(stride, sample, head)
+                + (box[0, 0] + a * step[0]) * stride[1]
+                + (box[1, 0] + b * step[1]) * stride[2]
+            )
             for c in range(box[2, 1]):
                 to = row + (box[2, 0] + c * step[2]) * stride[3]
                 add_row(source, at, factor, depth, target, to)
                 at += pitch
 
 
-@njit(**COMPILED)
+@njit(nogil=True)
 def hide_masked(key_mask, stride, sample, step, box, keys, values, penalty):
     """Marks the keys of a box that the mask hides and clears what they hold, which may be anything."""
     row = 0
     for a in range(box[0, 1]):
         for b in range(box[1, 1]):
             for c in range(box[2, 1]):
-                at = _start(stride, sample, 0) + (box[0, 0] + a * step[0]) * stride[1] + (box[1, 0] + b * step[1]) * stride[2]
+                at = (
+                    _start(stride, sample, 0)
+                    + (box[0, 0] + a * step[0]) * stride[1]
+                    + (box[1, 0] + b * step[1]) * stride[2]
+                )
                 penalty[row] = 0
                 if not key_mask[at + (box[2, 0] + c * step[2]) * stride[3]]:
                     penalty[row] = HIDDEN
-                    keys[row] = 0
-                    values[row] = 0
+                    for d in range(keys.shape[1]):
+                        keys[row, d] = 0
+                    for d in range(values.shape[1]):
+                        values[row, d] = 0
                 row += 1
 
 
-@njit(**COMPILED)
+@njit(nogil=True)
 def _lane_hull(begin, end, position):
     """The first lane that sees a position along one axis, and the last one + 1."""
     first, last = LANES, 0
@@ -76,7 +91,7 @@ def _lane_hull(begin, end, position):
     return first, last
 
 
-@njit(**COMPILED)
+@njit(nogil=True)
 def lay_out_pattern(pattern, extent, box, logits, rows, lane_from, lane_to, group_keys, group_count):
     """Fills the tables that all tiles of one pattern share; returns their number of keys.
 
@@ -89,10 +104,10 @@ def lay_out_pattern(pattern, extent, box, logits, rows, lane_from, lane_to, grou
         lane_from, lane_to: (keys,) set to a range of lanes that holds all lanes that see a key.
         group_keys, group_count: set to the keys that each group of QUERY_BLOCK lanes sees, and how many.
     """
-    hull = np.empty((extent.max(), 3, 2), np.int64)
+    hull = np.empty((max(extent[0], extent[1], extent[2]), 3, 2), np.int64)
     for axis in range(3):
         for position in range(extent[axis]):
-            hull[position, axis] = _lane_hull(pattern[axis, 0], pattern[axis, 1], position)
+            hull[position, axis, 0], hull[position, axis, 1] = _lane_hull(pattern[axis, 0], pattern[axis, 1], position)
     count = 0
     sees = np.empty(LANES, np.bool_)
     for a in range(extent[0]):
@@ -109,9 +124,10 @@ def lay_out_pattern(pattern, extent, box, logits, rows, lane_from, lane_to, grou
                 lane_from[count] = max(hull[a, 0, 0], hull[b, 1, 0], hull[c, 2, 0])
                 lane_to[count] = max(min(hull[a, 0, 1], hull[b, 1, 1], hull[c, 2, 1]), lane_from[count])
                 count += 1
+    low, high = np.empty(3, np.int64), np.empty(3, np.int64)
     for group in range(QUERY_BLOCKS):
-        low = np.full(3, np.iinfo(np.int64).max)
-        high = np.zeros(3, np.int64)
+        for axis in range(3):
+            low[axis], high[axis] = extent[axis], 0
         for lane in range(group * QUERY_BLOCK, (group + 1) * QUERY_BLOCK):
             if pattern[0, 1, lane] * pattern[1, 1, lane] * pattern[2, 1, lane] > 0:
                 for axis in range(3):
@@ -126,18 +142,19 @@ def lay_out_pattern(pattern, extent, box, logits, rows, lane_from, lane_to, grou
         group_count[group] = found
     for extra in range(count, -(-count // KEY_BLOCK) * KEY_BLOCK):
         rows[extra] = 0
-        logits[extra] = HIDDEN
+        for lane in range(LANES):
+            logits[extra, lane] = HIDDEN
     return count
 
 
-@njit(**COMPILED)
+@njit(nogil=True)
 def _bias_index(pattern, kernel, a, b, c, lane):
     """Where a head's flat bias table holds the entry of key (a, b, c) of a tile for one lane."""
     row = (a + pattern[0, 2, lane]) * (2 * kernel[1] - 1) + b + pattern[1, 2, lane]
     return row * (2 * kernel[2] - 1) + c + pattern[2, 2, lane]
 
 
-@njit(**COMPILED)
+@njit(nogil=True)
 def add_bias(pattern, extent, kernel, bias, start, logits):
     """Replaces the 0 of visible keys by their entry of a head's bias table, in base 2."""
     key = 0
@@ -150,7 +167,7 @@ def add_bias(pattern, extent, kernel, bias, start, logits):
                 key += 1
 
 
-@njit(**COMPILED)
+@njit(nogil=True)
 def add_bias_gradient(pattern, extent, kernel, d_logits, visible, start, d_bias):
     """Adds the gradients of a tile's logits to the entries of a head's bias table."""
     key = 0
@@ -163,7 +180,7 @@ def add_bias_gradient(pattern, extent, kernel, d_logits, visible, start, d_bias)
                 key += 1
 
 
-@njit(**COMPILED)
+@njit(nogil=True)
 def load_queries(source, factor, stride, sample, head, step, tile, shape, depth, pitch, target):
     """Copies the rows of a tile's queries, one per lane, times a factor; lanes without a query keep what they hold."""
     for a in range(tile[0, 1]):
@@ -172,10 +189,11 @@ def load_queries(source, factor, stride, sample, head, step, tile, shape, depth,
                 to = ((a * shape[1] + b) * shape[2] + c) * pitch
                 at = _start(stride, sample, head) + (tile[0, 0] + a * step[0]) * stride[1]
                 at += (tile[1, 0] + b * step[1]) * stride[2] + (tile[2, 0] + c * step[2]) * stride[3]
+                prefetch_row(source, at + tile[2, 1] * step[2] * stride[3], depth)  # most likely of the next tile
                 read_row(source, at, factor, depth, target, to)
 
 
-@njit(**COMPILED)
+@njit(nogil=True)
 def store_queries(source, factors, stride, sample, head, step, tile, shape, depth, pitch, target):
     """Writes rows of a tile's queries, each times the factor of its lane, to the tensor they belong to."""
     for a in range(tile[0, 1]):
@@ -187,7 +205,7 @@ def store_queries(source, factors, stride, sample, head, step, tile, shape, dept
                 write_row(source, lane * pitch, factors[lane], depth, target, to)
 
 
-@njit(**COMPILED)
+@njit(nogil=True)
 def _unravel(index, begin, end):
     """The index-th triple of three ranges."""
     c = index % (end[2] - begin[2])
@@ -195,7 +213,7 @@ def _unravel(index, begin, end):
     return index // (end[1] - begin[1]) + begin[0], index % (end[1] - begin[1]) + begin[1], c + begin[2]
 
 
-@njit(**COMPILED)
+@njit(nogil=True)
 def open_block(item, items, blocks, box, run_begin, run_end):
     """Reads an item's block: its box of keys (first, number) and its runs along each axis; returns the (sample, head) pair."""
     for axis in range(3):
@@ -205,18 +223,20 @@ def open_block(item, items, blocks, box, run_begin, run_end):
     return item // len(items)
 
 
-@njit(**COMPILED)
+@njit(nogil=True)
 def open_run(index, run_begin, run_end, runs, tiles, patterns, pattern, extent, tile_begin, tile_end):
     """Reads the tables of a block's run: its pattern, the keys of its tiles along each axis and the tiles."""
     chosen = _unravel(index, run_begin, run_end)
     for axis in range(3):
         run = runs[axis, chosen[axis]]
         tile_begin[axis], tile_end[axis] = run[0], run[1]
-        pattern[axis] = patterns[axis, run[2]]
+        for i in range(3):
+            for lane in range(LANES):
+                pattern[axis, i, lane] = patterns[axis, run[2], i, lane]
         extent[axis] = tiles[axis, run[0], 3]
 
 
-@njit(**COMPILED)
+@njit(nogil=True)
 def open_tile(index, tile_begin, tile_end, tiles, box, tile):
     """Reads the tables of a run's tile: its queries (first, number) along each axis; returns the block's row of its first key."""
     chosen = _unravel(index, tile_begin, tile_end)
@@ -228,7 +248,7 @@ def open_tile(index, tile_begin, tile_end, tiles, box, tile):
     return row
 
 
-@njit(**COMPILED)
+@njit(nogil=True)
 def hide_keys(visible, penalty, first_row, rows, count, logits):
     """Logits of one tile from those of its pattern and the block's masked keys."""
     for i in range(count):
@@ -237,7 +257,7 @@ def hide_keys(visible, penalty, first_row, rows, count, logits):
             logits[i, lane] = visible[i, lane] + extra
 
 
-@njit(**COMPILED)
+@njit(nogil=True)
 def scratch_tables(most_keys):
     """Room for what `open_block`, `open_run`, `open_tile` and `lay_out_pattern` read and lay out, in the order of use."""
     triples = np.empty((5, 3), np.int64)
@@ -250,27 +270,40 @@ def scratch_tables(most_keys):
     )
 
 
-@njit(**COMPILED)
+@njit(nogil=True)
 def room(like, rows, pitch):
     """(rows, pitch) zeros of the type of an array."""
     return np.zeros((rows, pitch), like.dtype)
 
 
-@njit(**COMPILED)
+@njit(nogil=True)
 def numbers(like, count):
     """(count,) zeros of the type of an array."""
     return np.zeros(count, like.dtype)
 
 
-@njit(**COMPILED)
+@njit(nogil=True)
 def multiply(target, by, count):
     for i in range(count):
         for lane in range(LANES):
             target[i, lane] *= by[i, lane]
 
 
-@njit(**COMPILED)
+@njit(nogil=True)
 def add(target, what, count):
     for i in range(count):
         for lane in range(LANES):
             target[i, lane] += what[i, lane]
+
+
+@njit(nogil=True)
+def fill(target, number):
+    for i in range(target.shape[0]):
+        for d in range(target.shape[1]):
+            target[i, d] = number
+
+
+@njit(nogil=True)
+def triples(begin, end):
+    """How many triples three ranges have."""
+    return (end[0] - begin[0]) * (end[1] - begin[1]) * (end[2] - begin[2])

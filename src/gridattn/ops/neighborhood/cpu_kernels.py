@@ -7,13 +7,15 @@ run it at once; whatever an item writes belongs to it alone. Tensors arrive as f
 Logits are kept in base 2: with z = log2(e) * (scale * q.k + bias), P = 2^(z - max z) / sum and lse = log(2) * log2(sum 2^z).
 """
 
+import inspect
 import math
+from hashlib import sha256
 
 import numpy as np
 from numba import njit
 
+from gridattn.ops.neighborhood import cpu_blocks, cpu_tiles, cpu_vector
 from gridattn.ops.neighborhood.cpu_blocks import (
-    COMPILED,
     HIDDEN,
     LOG2_E,
     QUERY_BLOCKS,
@@ -22,6 +24,7 @@ from gridattn.ops.neighborhood.cpu_blocks import (
     add_bias_gradient,
     add_box,
     copy_box,
+    fill,
     hide_keys,
     hide_masked,
     lay_out_pattern,
@@ -34,6 +37,7 @@ from gridattn.ops.neighborhood.cpu_blocks import (
     room,
     scratch_tables,
     store_queries,
+    triples,
 )
 from gridattn.ops.neighborhood.cpu_tiles import LANES
 from gridattn.ops.neighborhood.cpu_vector import (
@@ -50,11 +54,15 @@ from gridattn.ops.neighborhood.cpu_vector import (
 
 LN_2 = math.log(2.0)
 
+# numba's cache of compiled kernels goes by this file and the types of the arguments; this type names the other files' contents.
+_DIGEST = sha256("".join(map(inspect.getsource, (cpu_blocks, cpu_tiles, cpu_vector))).encode()).hexdigest()
+SOURCES = np.empty(0, dtype=[(f"sources_{_DIGEST[:16]}", np.int8)])
 
-@njit(**COMPILED)
+
+@njit(nogil=True, cache=True)
 def forward(
     query, key, value, bias, key_mask, out, lse, strides, sizes, scale,
-    step, kernel, shape, tiles, runs, blocks, patterns, capacity, items, counter,
+    step, kernel, shape, tiles, runs, blocks, patterns, capacity, items, counter, sources,
 ):  # fmt: skip
     """Attends for the items of the forward pass until `counter` reaches their number.
 
@@ -64,7 +72,7 @@ def forward(
         sizes: batch, query heads, key heads, depth of keys, depth of values.
         step, kernel, shape: dilation, kernel size and tile shape along each axis.
         tiles, runs, blocks, patterns: see `Tiling`. capacity: its tile_keys and block_keys. items: the blocks to work on.
-        counter: (1,) the next item, shared by all threads.
+        counter: (1,) the next item, shared by all threads. sources: SOURCES.
     """
     batch, heads, key_heads, depth, value_depth = sizes
     members = heads // key_heads
@@ -75,7 +83,11 @@ def forward(
     most_keys = -(-capacity[0] // KEY_BLOCK) * KEY_BLOCK
     (box, run_begin, run_end), run_tables, tile, (rows, lane_from, lane_to), key_groups = scratch_tables(most_keys)
     (pattern, extent, tile_begin, tile_end), (group_keys, group_count) = run_tables, key_groups
-    keys, values, penalty = room(lse, capacity[1], pitch), room(lse, capacity[1], value_pitch), numbers(lse, capacity[1])
+    keys, values, penalty = (
+        room(lse, capacity[1], pitch),
+        room(lse, capacity[1], value_pitch),
+        numbers(lse, capacity[1]),
+    )
     visible, p = room(lse, most_keys, LANES), room(lse, most_keys, LANES)
     logits = room(lse, most_keys, LANES) if masked else visible
     q_rows, q_lanes, sums = room(lse, LANES, pitch), room(lse, LANES, pitch), room(lse, LANES, value_pitch)
@@ -91,13 +103,15 @@ def forward(
         if masked:
             hide_masked(key_mask, mask_stride, sample, step, box, keys, values, penalty)
         for head in range(key_head * members, (key_head + 1) * members):
-            for run in range(np.prod(run_end - run_begin)):
+            for run in range(triples(run_begin, run_end)):
                 open_run(run, run_begin, run_end, runs, tiles, patterns, pattern, extent, tile_begin, tile_end)
-                count = lay_out_pattern(pattern, extent, box, visible, rows, lane_from, lane_to, group_keys, group_count)
+                count = lay_out_pattern(
+                    pattern, extent, box, visible, rows, lane_from, lane_to, group_keys, group_count
+                )
                 padded = -(-count // KEY_BLOCK) * KEY_BLOCK
                 if bias_size:
                     add_bias(pattern, extent, kernel, bias, head * bias_size, visible)
-                for index in range(np.prod(tile_end - tile_begin)):
+                for index in range(triples(tile_begin, tile_end)):
                     first = open_tile(index, tile_begin, tile_end, tiles, box, tile)
                     load_queries(query, scale * LOG2_E, q_stride, sample, head, step, tile, shape, depth, pitch, q_rows)
                     transpose(q_rows, pitch, q_lanes)
@@ -105,7 +119,9 @@ def forward(
                         hide_keys(visible, penalty, first, rows, padded, logits)
                     scores(keys, first * pitch, pitch, depth, rows, padded, q_lanes, logits, LANES, p, peak)
                     for lane in range(LANES):
-                        peak[lane] = max(peak[lane], HIDDEN / 10)  # where nothing is visible, 2^(HIDDEN - peak) is still 0
+                        peak[lane] = max(
+                            peak[lane], HIDDEN / 10
+                        )  # where nothing is visible, 2^(HIDDEN - peak) is still 0
                     exponentials(p, padded, peak, total)
                     for group in range(QUERY_BLOCKS):
                         weighted_sum(
@@ -124,10 +140,10 @@ def forward(
                     store_queries(peak, ones, lse_stride, sample, head, step, tile, shape, 1, 1, lse)
 
 
-@njit(**COMPILED)
+@njit(nogil=True, cache=True)
 def backward(
     query, key, value, bias, key_mask, out, lse, d_out, d_lse, d_query, d_key, d_value, d_bias, strides, sizes, scale,
-    step, kernel, shape, tiles, runs, blocks, patterns, capacity, items, counter,
+    step, kernel, shape, tiles, runs, blocks, patterns, capacity, items, counter, sources,
 ):  # fmt: skip
     """Adds the gradients of the items of one phase, whose blocks share no key; dS = P * (dP - sum(dO * O) + dlse).
 
@@ -145,13 +161,21 @@ def backward(
     most_keys = -(-capacity[0] // KEY_BLOCK) * KEY_BLOCK
     (box, run_begin, run_end), run_tables, tile, (rows, lane_from, lane_to), key_groups = scratch_tables(most_keys)
     (pattern, extent, tile_begin, tile_end), (group_keys, group_count) = run_tables, key_groups
-    keys, values, penalty = room(lse, capacity[1], pitch), room(lse, capacity[1], value_pitch), numbers(lse, capacity[1])
+    keys, values, penalty = (
+        room(lse, capacity[1], pitch),
+        room(lse, capacity[1], value_pitch),
+        numbers(lse, capacity[1]),
+    )
     d_keys, d_values = room(lse, capacity[1], pitch), room(lse, capacity[1], value_pitch)
     visible, p, ds = room(lse, most_keys, LANES), room(lse, most_keys, LANES), room(lse, most_keys, LANES)
     logits = room(lse, most_keys, LANES) if masked else visible
     d_logits = room(lse, most_keys, LANES)
     q_rows, q_lanes, dq_rows = room(lse, LANES, pitch), room(lse, LANES, pitch), room(lse, LANES, pitch)
-    out_rows, do_rows, do_lanes = room(lse, LANES, value_pitch), room(lse, LANES, value_pitch), room(lse, LANES, value_pitch)
+    out_rows, do_rows, do_lanes = (
+        room(lse, LANES, value_pitch),
+        room(lse, LANES, value_pitch),
+        room(lse, LANES, value_pitch),
+    )
     delta, shift, d_shift, unused = numbers(lse, LANES), numbers(lse, LANES), numbers(lse, LANES), numbers(lse, LANES)
     scales = np.full(LANES, scale, lse.dtype)
 
@@ -164,21 +188,24 @@ def backward(
         copy_box(value, v_stride, sample, key_head, step, box, value_depth, value_pitch, values)
         if masked:
             hide_masked(key_mask, mask_stride, sample, step, box, keys, values, penalty)
-        d_keys[:] = 0
-        d_values[:] = 0
+        fill(d_keys, 0)
+        fill(d_values, 0)
         for member in range(members):
             head = key_head * members + member
-            for run in range(np.prod(run_end - run_begin)):
+            for run in range(triples(run_begin, run_end)):
                 open_run(run, run_begin, run_end, runs, tiles, patterns, pattern, extent, tile_begin, tile_end)
-                count = lay_out_pattern(pattern, extent, box, visible, rows, lane_from, lane_to, group_keys, group_count)
+                count = lay_out_pattern(
+                    pattern, extent, box, visible, rows, lane_from, lane_to, group_keys, group_count
+                )
                 padded = -(-count // KEY_BLOCK) * KEY_BLOCK
                 if bias_size:
                     add_bias(pattern, extent, kernel, bias, head * bias_size, visible)
-                    d_logits[:] = 0
-                q_rows[:] = 0
-                do_rows[:] = 0
-                shift[:] = -np.inf
-                for index in range(np.prod(tile_end - tile_begin)):
+                    fill(d_logits, 0)
+                fill(q_rows, 0)
+                fill(do_rows, 0)
+                for lane in range(LANES):
+                    shift[lane] = -np.inf
+                for index in range(triples(tile_begin, tile_end)):
                     first = open_tile(index, tile_begin, tile_end, tiles, box, tile)
                     load_queries(query, scale * LOG2_E, q_stride, sample, head, step, tile, shape, depth, pitch, q_rows)
                     load_queries(

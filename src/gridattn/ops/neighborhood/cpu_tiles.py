@@ -19,7 +19,7 @@ from gridattn.ops.neighborhood.plan import AxisPlan, Plan
 
 LANES = 16
 TILE_OVERHEAD = 32  # cost of a tile beside its keys, as a number of keys
-BLOCK_BYTES = 512 * 1024  # copied keys and values of one block: half of a common second-level cache
+BLOCK_BYTES = 2 * 1024 * 1024  # copied keys and values of one block, measured: less costs more copies than cache misses
 MIN_ITEMS = 16  # wanted blocks x batch x heads: enough to keep the threads evenly busy
 
 
@@ -35,7 +35,9 @@ class Tiling:
     blocks: np.ndarray  # (3, n, 4): first run, last run + 1, first key on the grid, keys
     patterns: np.ndarray  # (3, n, 3, LANES): first visible key of the box, last + 1, offset from key to bias entry
     capacity: np.ndarray  # (2,): most keys of a tile, most keys of a block
-    phases: tuple[np.ndarray, ...]  # (n, 3) each: blocks as their index along each axis; those of one phase share no key
+    phases: tuple[
+        np.ndarray, ...
+    ]  # (n, 3) each: blocks as their index along each axis; those of one phase share no key
 
     @property
     def tables(self) -> tuple[np.ndarray, ...]:

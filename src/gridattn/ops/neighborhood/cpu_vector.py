@@ -22,6 +22,7 @@ _WIDE = bool(llvm.get_host_cpu_features().get("avx512f", False))
 KEY_BLOCK = 8 if _WIDE else 4  # keys per pass of `scores`: as many sums as the register file holds
 QUERY_BLOCK = 4  # queries per pass of `weighted_sum`
 _COLUMN_BLOCKS = (4, 2, 1) if _WIDE else (1,)  # vectors of columns per pass of `weighted_sum` and `outer_add`
+_CACHE_LINE = 64
 _INDEX = ir.IntType(64)
 # Degree of the polynomial for 2^x on [-1/2, 1/2] and layout of the floating point format: bits, mantissa bits, exponent bias.
 _FORMATS = {types.float32: (6, 32, 23, 127), types.float64: (12, 64, 52, 1023)}
@@ -366,6 +367,24 @@ def write_row(v, source, at, factors, target, to):
 def add_row(v, source, at, factors, target, to):
     """target += source * factor, both of the type that kernels compute in."""
     v.store(v.multiply_add(v.load(source, at), factors, v.load(target, to)), target, to)
+
+
+@intrinsic
+def prefetch_row(typing_context, source, at, length):
+    """Asks for `length` numbers of a row, which may lie outside of the array, to be brought into the cache."""
+
+    def generate(context, builder, signature, arguments):
+        array = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        byte, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
+        function_type = ir.FunctionType(ir.VoidType(), [byte, flag, flag, flag])
+        function = cgutils.get_or_insert_function(builder.module, function_type, "llvm.prefetch.p0")
+        stop = builder.add(arguments[1], arguments[2])
+        with _count_up(builder, arguments[1], stop, _CACHE_LINE * 8 // source.dtype.bitwidth) as (d, _):
+            address = builder.bitcast(builder.gep(array, [d]), byte)
+            builder.call(function, [address, flag(0), flag(3), flag(1)])  # to read, into all levels, data
+        return context.get_dummy_value()
+
+    return types.none(source, types.int64, types.int64), generate
 
 
 @intrinsic

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import lru_cache
 from math import prod
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -11,6 +12,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from gridattn.ops.neighborhood.plan import AxisPlan, Plan
 
+Built = TypeVar("Built", bound=Callable)
+
 AxisKey = tuple[int, int, int, int, bool]
 """(length, kernel, stride, dilation, causal): an axis in plain values, which a trace can pass on as a constant."""
 
@@ -18,6 +21,16 @@ AxisKey = tuple[int, int, int, int, bool]
 def axis_keys(plan: Plan) -> tuple[AxisKey, ...]:
     """The axes of a plan in plain values."""
     return tuple((axis.length, axis.kernel, axis.stride, axis.dilation, axis.causal) for axis in plan.axes)
+
+
+def constant_in_traces(function: Built) -> Built:
+    """Marks a function whose results a trace takes as constants.
+
+    `torch.compiler.assume_constant_result` sets the same mark, but loads the whole compiler, which doubles the time of
+    importing torch.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 @lru_cache(maxsize=128)
@@ -30,7 +43,7 @@ def to_tensors(build: Callable[..., tuple[np.ndarray, ...]], device: torch.devic
         return tuple(torch.from_numpy(np.ascontiguousarray(array)).to(device) for array in build(*args))
 
 
-@torch.compiler.assume_constant_result
+@constant_in_traces
 def window_tables(axes: tuple[AxisKey, ...], device: torch.device) -> tuple[Tensor, ...]:
     """The window of every query, flat.
 

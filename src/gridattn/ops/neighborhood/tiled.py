@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gridattn.ops.neighborhood.plan import AxisPlan, Plan
-from gridattn.ops.neighborhood.tables import AxisKey, axis_keys, to_tensors
+from gridattn.ops.neighborhood.tables import AxisKey, axis_keys, constant_in_traces, to_tensors
 from gridattn.ops.neighborhood.tiling import Tiling, make_tiling
 
 CHUNK_ELEMENTS = 1 << 22
@@ -274,14 +274,14 @@ def _attend_with_lse(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale
     return ((logits - lse).exp() @ v.to(wide)).to(q.dtype), lse
 
 
-@torch.compiler.assume_constant_result
+@constant_in_traces
 def _tiling_sizes(axes: tuple[AxisKey, ...]) -> tuple[int, int, bool, int, int]:
     """Tiles in all, tiles alike, whether those need no mask, queries and keys of a tile."""
     tiling = _make_tiling(axes)
     return tiling.tiles, tiling.alike, tiling.is_full, tiling.queries, tiling.keys
 
 
-@torch.compiler.assume_constant_result
+@constant_in_traces
 def _tiling_tables(axes: tuple[AxisKey, ...], device: torch.device) -> tuple[Tensor, ...]:
     """Per axis (tile of the axis for each tile of the grid, query, key, visible, bias_index), then each position's
     slot.
