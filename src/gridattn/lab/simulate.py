@@ -229,8 +229,9 @@ def _simulate_flat(plan: Plan, query_tile: int, key_tile: int) -> Simulation:
         tiles, pairs = [], []
         for row in range(queries[0] // width, queries[-1] // width + 1):
             begin, end = max(queries[0] - row * width, 0), min(queries[-1] - row * width + 1, width)
-            seen = [axis.visible(int(i)) for axis, i in zip(lead, np.unravel_index(row, plan.grid[:-1]) if lead else ())]
-            rows = np.array([sum(s * i for s, i in zip(row_strides, index)) for index in product(*seen)])
+            index = np.unravel_index(row, plan.grid[:-1]) if lead else ()
+            seen = [axis.visible(int(i)) for axis, i in zip(lead, index)]
+            rows = np.array([sum(s * i for s, i in zip(row_strides, keys)) for keys in product(*seen)])
             keys = np.flatnonzero(last.mask[begin:end].any(0))
             tiles.append(np.unique((rows[:, None] * width + keys) // key_tile))
             pairs.append(len(rows) * int(last.count[begin:end].sum()))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from gridattn.layers.common import GridAttention, gradient_map, value_gradient_map
+from gridattn.layers.common import GridAttention, value_gradient_map
 from gridattn.layers.large_kernel import DepthwiseConv
 from gridattn.layers.registry import register_attention
 from gridattn.ops.agent import agent_attention, agent_bias, pool_agents, pool_real_agents
@@ -134,11 +134,22 @@ class AgentMixer(nn.Module):
     source="arXiv 2312.08874",
     linear_cost=True,
 )
+@register_attention(
+    "agent_pyramid",
+    summary="agent attention whose keys and values come from a grid halved by a strided convolution",
+    source="arXiv 2312.08874",
+    linear_cost=True,
+    reduction=2,
+)
 class AgentAttention(GridAttention):
     """Agent attention: y = proj(softmax(s Q A^T + B2) softmax(s A K^T + B1) V + DWConv(V)), A = pooled Q.
 
     Cost and memory grow linearly with the grid. On other grids than the nominal one the biases are interpolated, which
     is the form that the authors use for detection and segmentation.
+
+    With a reduction, keys and values come from LN(Conv(x)), a convolution with the reduction for kernel and stride;
+    positions that do not fill a last patch are left out (an axis shorter than a patch is padded with zeros), and values
+    are interpolated back to the grid for the depth-wise convolution.
 
     Args:
         dim: channels C.
@@ -146,11 +157,15 @@ class AgentAttention(GridAttention):
         grid: the nominal grid, for which the biases are stored.
         agent_size: agents per axis, one int or one per axis.
         dense_agent_size: agents per axis at run time where they differ from those trained; None for the same.
+        reduction: positions per key and axis, one int or one per axis.
         kernel_size: of the depth-wise convolution, one int or one per axis.
         qkv_bias: bias in the query/key/value projection.
         scale: factor of both products; head_dim ** -0.5 when None.
         attention_dropout: dropout probability of the aggregating weights.
         projection_dropout: dropout probability of the output.
+
+    Attributes:
+        exact_map: True without a reduction; with one, `attention_map` is made of gradients.
 
     Source: Agent Attention: On the Integration of Softmax and Linear Attention, arXiv 2312.08874.
 
@@ -158,8 +173,6 @@ class AgentAttention(GridAttention):
         >>> AgentAttention(32, num_heads=4, agent_size=(3, 4))(torch.randn(2, 10, 9, 32)).shape
         torch.Size([2, 10, 9, 32])
     """
-
-    exact_map = True
 
     def __init__(
         self,
@@ -169,6 +182,7 @@ class AgentAttention(GridAttention):
         grid: Sequence[int] = (14, 14),
         agent_size: int | Sequence[int] = 7,
         dense_agent_size: int | Sequence[int] | None = None,
+        reduction: int | Sequence[int] = 1,
         kernel_size: int | Sequence[int] = 3,
         qkv_bias: bool = True,
         scale: float | None = None,
@@ -176,8 +190,10 @@ class AgentAttention(GridAttention):
         projection_dropout: float = 0.0,
     ) -> None:
         super().__init__(dim, rank=len(grid))
+        check_channels(dim, num_heads)
         check_probability("projection_dropout", projection_dropout)
         self.num_heads = num_heads
+        self.reduction = per_axis(reduction, self.rank, "reduction")
         self.mixer = AgentMixer(
             dim,
             num_heads,
@@ -189,23 +205,51 @@ class AgentAttention(GridAttention):
             scale=scale,
             attention_dropout=attention_dropout,
         )
+        self.exact_map = max(self.reduction) == 1  # pyright: ignore[reportAttributeAccessIssue]
+        self.patch = self.patch_norm = None
+        if not self.exact_map:
+            self.patch = _CONVOLUTIONS[self.rank](dim, dim, self.reduction, self.reduction)
+            self.patch_norm = nn.LayerNorm(dim)
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(projection_dropout)
 
-    def _key_grid(self, grid: Sequence[int]) -> tuple[int, ...]:
-        return tuple(grid)
-
     def forward(self, x: Tensor) -> Tensor:
         """(B, *grid, C) -> (B, *grid, C)."""
-        self.check_input(x)
-        return self.proj_drop(self.proj(self.mixer(*self._project(x))))
+        grid = self.check_input(x)
+        if self.patch is None:
+            mixed = self.mixer(*self._project(x))
+        else:
+            query, key, value = self._project_reduced(x)
+            mixed = self.mixer.attend(query, key, value).flatten(-2) + self.mixer.dwc(self._back_to(value, grid))
+        return self.proj_drop(self.proj(mixed))
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
         return rearrange(self.qkv(x), "... (three h d) -> three ... h d", three=3, h=self.num_heads).unbind(0)
 
+    def _project_reduced(self, x: Tensor) -> tuple[Tensor, ...]:
+        assert self.patch is not None and self.patch_norm is not None
+        missing = [max(r - n, 0) if isinstance(n, int) else 0 for n, r in zip(x.shape[1:-1], self.reduction)]
+        patches = F.pad(x, [0, 0] + [a for amount in reversed(missing) for a in (0, amount)]) if any(missing) else x
+        patches = self.patch_norm(self.patch(patches.movedim(-1, 1)).movedim(1, -1))
+        (w_query, w_rest), bias = self.qkv.weight.split((self.dim, 2 * self.dim)), self.qkv.bias
+        b_query, b_rest = (None, None) if bias is None else bias.split((self.dim, 2 * self.dim))
+        query = rearrange(F.linear(x, w_query, b_query), "... (h d) -> ... h d", h=self.num_heads)
+        rest = F.linear(patches, w_rest, b_rest)
+        return query, *rearrange(rest, "... (two h d) -> two ... h d", two=2, h=self.num_heads).unbind(0)
+
+    def _back_to(self, value: Tensor, grid: Sequence[int]) -> Tensor:
+        """Values on the reduced grid (B, *key_grid, heads, d) -> (B, *grid, C)."""
+        maps = rearrange(value, "b ... h d -> b (h d) ...")
+        return F.interpolate(maps, size=tuple(grid), mode=_MODES[self.rank], align_corners=False).movedim(1, -1)
+
+    def _key_grid(self, grid: Sequence[int]) -> list[int]:
+        return [max(n // r, 1) for n, r in zip(grid, self.reduction)]
+
     def macs(self, grid: Sequence[int]) -> int:
-        return prod(grid) * 4 * self.dim**2 + self.mixer.macs(grid)
+        keys = prod(self._key_grid(grid))
+        patches = 0 if self.patch is None else keys * self.dim**2 * prod(self.reduction)
+        return 2 * self.dim**2 * (prod(grid) + keys) + patches + self.mixer.macs(grid, keys)
 
     def memory(self, grid: Sequence[int], bytes_per_element: int = 4) -> int:
         """Input, output, query, key, value, and the logits of both products with their biases."""
@@ -213,7 +257,9 @@ class AgentAttention(GridAttention):
         return bytes_per_element * prod(grid) * (5 * self.dim + weights)
 
     def attention_map(self, x: Tensor, query: Sequence[int]) -> Tensor:
-        """Row `query` of the product of both feature maps; the convolution of the values is not in it."""
+        """Row `query` of the product of both feature maps, without the convolution; gradients with a reduction."""
+        if self.patch is not None:
+            return super().attention_map(x, query)
         position = self.check_query(x, query)
         q, k, v = self._project(x)
         return value_gradient_map(lambda value: self.mixer.attend(q, k, value), v, position)
@@ -225,7 +271,10 @@ class ClassTokenAgentAttention(AgentAttention):
     Agents are pooled from the positions of the grid alone. The class token is one more key and query, with a bias of
     its own per agent; the convolution does not see it. Without a token the layer is `AgentAttention`.
 
-    Arguments as for `AgentAttention`.
+    Arguments as for `AgentAttention`, without `dense_agent_size` and `reduction`.
+
+    Raises:
+        ValueError: those of `AgentAttention`, and either of these two.
 
     Source: the DeiT form of Agent Attention, arXiv 2312.08874.
 
@@ -237,12 +286,13 @@ class ClassTokenAgentAttention(AgentAttention):
     """
 
     def __init__(self, dim: int, num_heads: int = 4, **options: Any) -> None:
+        for name in ("dense_agent_size", "reduction"):
+            if name in options:
+                raise ValueError(f"{name}={options[name]!r} is not allowed with a class token; leave it out")
         super().__init__(dim, num_heads, **options)
         count = prod(self.mixer.aggregate_bias.agent_size)
         self.token_key_bias = nn.Parameter(nn.init.trunc_normal_(torch.empty(num_heads, count, 1), std=0.02))
         self.token_query_bias = nn.Parameter(nn.init.trunc_normal_(torch.empty(num_heads, 1, count), std=0.02))
-        if self.mixer.agents != self.mixer.aggregate_bias.agent_size:
-            raise ValueError(f"dense_agent_size={self.mixer.agents} is not allowed with a class token; leave it None")
 
     def forward(self, x: Tensor, token: Tensor | None = None) -> Any:
         """x (B, *grid, C) and token (B, 1, C) -> both."""
@@ -261,63 +311,46 @@ class ClassTokenAgentAttention(AgentAttention):
         return out[:, 1:].unflatten(1, grid), out[:, :1]
 
 
-@register_attention(
-    "agent_pyramid",
-    summary="agent attention whose keys and values come from a grid reduced by a strided convolution",
-    source="arXiv 2312.08874",
-    linear_cost=True,
-)
-class PyramidAgentAttention(AgentAttention):
-    """Agent attention with keys and values on a reduced grid, LN(Conv(x)), as in a pyramid vision transformer.
-
-    The convolution has `reduction` for kernel and stride; positions that do not fill a last patch are left out (an
-    axis shorter than a patch is padded with zeros). Values are interpolated back to the grid for the depth-wise
-    convolution. With `reduction=1` this is `AgentAttention`.
-
-    Args:
-        dim: channels C.
-        num_heads: heads; must divide `dim`.
-        grid: the nominal grid, for which the biases are stored.
-        reduction: positions per key and axis, one int or one per axis.
-        agent_size, kernel_size, qkv_bias, scale, attention_dropout, projection_dropout: as for `AgentAttention`.
-
-    Source: the PVT form of Agent Attention, arXiv 2312.08874.
+def convert_official_mixer(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Official biases and convolution (`an_bias` ... `wa_bias`, `dwc` or `get_v`) -> the names of `AgentMixer`.
 
     Example:
-        >>> PyramidAgentAttention(32, num_heads=4, reduction=2)(torch.randn(2, 10, 9, 32)).shape
-        torch.Size([2, 10, 9, 32])
+        >>> convert_official_mixer({"wa_bias": torch.randn(1, 2, 1, 5, 9)})["broadcast_bias.axes.1"].shape
+        torch.Size([2, 9, 5])
     """
-
-    exact_map = False
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int = 4,
-        *,
-        grid: Sequence[int] = (14, 14),
-        reduction: int | Sequence[int] = 2,
-        agent_size: int | Sequence[int] = 7,
-        kernel_size: int | Sequence[int] = 3,
-        qkv_bias: bool = True,
-        scale: float | None = None,
-        attention_dropout: float = 0.0,
-        projection_dropout: float = 0.0,
-    ) -> None:
-        self._reduction = per_axis(reduction, len(grid), "reduction")
-        super().__init__(
-            dim,
-            num_heads,
-            grid=grid,
-            agent_size=agent_size,
-            kernel_size=kernel_size,
-            qkv_bias=qkv_bias,
-            scale=scale,
-            attention_dropout=attention_dropout,
-            projection_dropout=projection_dropout,
-        )
-        if max(self._reduction) > 1:
-            self.patch = _CONVOLUTIONS[self.rank](dim, dim, self._reduction, self._reduction)
-            self.patch_norm = nn.LayerNorm(dim)
+    ours = {}
+    for name, tensor in state.items():
+        if name in ("an_bias", "na_bias"):
+            ours["aggregate_bias.block" if name == "an_bias" else "broadcast_bias.block"] = tensor
+        elif name in ("ah_bias", "aw_bias"):
+            ours[f"aggregate_bias.axes.{'hw'.index(name[1])}"] = tensor[0].flatten(2)
+        elif name in ("ha_bias", "wa_bias"):
+            ours[f"broadcast_bias.axes.{'hw'.index(name[0])}"] = tensor[0].flatten(1, 2).mT
         else:
-            self.patch = self.patch_norm = None
+            ours[name.replace("get_v.", "dwc.")] = tensor
+    return ours
+
+
+def convert_official_agent(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Official weights of one agent attention of DeiT, PVT or Swin -> the names of our layers.
+
+    Every operation on the tensors is differentiable.
+
+    Example:
+        >>> official = {"q.weight": torch.randn(8, 8), "kv.weight": torch.randn(16, 8)}
+        >>> convert_official_agent(official)["qkv.weight"].shape
+        torch.Size([24, 8])
+    """
+    renamed = {"sr": "patch", "norm": "patch_norm", "qkv": "qkv", "proj": "proj"}
+    ours, mixer = {}, {}
+    for name, tensor in state.items():
+        layer, _, leaf = name.rpartition(".")
+        if layer in renamed:
+            ours[f"{renamed[layer]}.{leaf}"] = tensor
+        elif layer == "q":
+            ours[f"qkv.{leaf}"] = torch.cat((tensor, state[f"kv.{leaf}"]))
+        elif name in ("ac_bias", "ca_bias"):
+            ours["token_key_bias" if name == "ac_bias" else "token_query_bias"] = tensor[0]
+        elif layer != "kv":
+            mixer[name] = tensor
+    return ours | {f"mixer.{name}": tensor for name, tensor in convert_official_mixer(mixer).items()}

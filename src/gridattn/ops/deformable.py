@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from gridattn.ops.common import check_choice, check_same_kind
+from gridattn.ops.common import check_choice
 
 Shapes = Sequence[Sequence[int]]
 
@@ -37,7 +37,7 @@ def deformable_attention(
         (B, Q, heads, head_dim), of the values' dtype; half precision is computed in float32.
 
     Raises:
-        ValueError: shapes that do not fit together, values and weights of different dtypes, or an unknown backend.
+        ValueError: shapes that do not fit together, or an unknown backend.
 
     Source: Zhu et al., Deformable DETR, arXiv 2010.04159; used by Group Pose, arXiv 2308.07313.
 
@@ -52,7 +52,7 @@ def deformable_attention(
     if backend == "auto":
         needs_order = value.is_cuda and torch.are_deterministic_algorithms_enabled()
         backend = "gather" if needs_order else "grid_sample"
-    compute = torch.promote_types(value.dtype, torch.float32)
+    compute = torch.promote_types(torch.promote_types(value.dtype, weights.dtype), torch.float32)
     attend = {"grid_sample": _by_grid_sample, "gather": _by_gather, "reference": deformable_attention_reference}
     out = attend[backend](value.to(compute), shapes, locations.to(compute), weights.to(compute))
     return out.to(value.dtype)
@@ -76,7 +76,6 @@ def _check_problem(value: Tensor, shapes: Shapes, locations: Tensor, weights: Te
         )
     if weights.shape != locations.shape[:-1]:
         raise ValueError(f"weights has shape {tuple(weights.shape)}; {tuple(locations.shape[:-1])} is allowed")
-    check_same_kind(value=value, weights=weights)
 
 
 def deformable_weights(shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
@@ -128,7 +127,7 @@ def _by_grid_sample(value: Tensor, shapes: Shapes, locations: Tensor, weights: T
     for level, tokens in enumerate(value.split([prod(shape) for shape in shapes], dim=1)):
         maps = rearrange(tokens, "b s h d -> (b h) d s").unflatten(-1, tuple(shapes[level]))
         sampled = F.grid_sample(maps, points[level], padding_mode="zeros", align_corners=False)
-        out = out + (sampled.flatten(2, -3) * shares[level]).sum(-1)
+        out = out + (sampled.flatten(2, -2) * shares[level]).sum(-1)
     return rearrange(out, "(b h) d q -> b q h d", b=batch, h=heads)
 
 
@@ -138,9 +137,7 @@ def _by_gather(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor
     sample = torch.arange(batch, device=value.device).view(-1, 1, 1, 1) * positions
     head = torch.arange(heads, device=value.device).view(-1, 1)
     row = (sample + index) * heads + head
-    out = F.embedding_bag(
-        row.flatten(0, 2), value.flatten(0, 2), mode="sum", per_sample_weights=share.flatten(0, 2)
-    )
+    out = F.embedding_bag(row.flatten(0, 2), value.flatten(0, 2), mode="sum", per_sample_weights=share.flatten(0, 2))
     return out.view(*index.shape[:3], -1)
 
 

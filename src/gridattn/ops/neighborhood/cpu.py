@@ -1,7 +1,7 @@
 """Neighborhood attention on the CPU: tiled kernels compiled by numba, as PyTorch operators with gradients.
 
-The operators are `gridattn::neighborhood_cpu` and `gridattn::neighborhood_cpu_backward`. Half precision tensors are computed with
-in float32. All results are deterministic and do not depend on the number of threads.
+The operators are `gridattn::neighborhood_cpu` and `gridattn::neighborhood_cpu_backward`. Half precision tensors are
+computed with in float32. All results are deterministic and do not depend on the number of threads.
 """
 
 import os
@@ -55,8 +55,8 @@ def attend(
         need_lse: whether the caller reads the second result; here it costs nothing.
 
     Returns:
-        (B, *grid, Hq, Dv) in the type of `query`, and the log-sum-exp of the logits (B, *grid, Hq) in float32 or float64; both
-        are differentiable. A query that sees no key gives 0 and -inf.
+        (B, *grid, Hq, Dv) in the type of `query`, and the log-sum-exp of the logits (B, *grid, Hq) in float32 or
+        float64; both are differentiable. A query that sees no key gives 0 and -inf.
     """
     of = plan.axes  # torch.compile reads the fields of a plan, not its properties
     geometry = [[a.kernel for a in of], [a.stride for a in of], [a.dilation for a in of], [a.causal for a in of]]
@@ -96,8 +96,8 @@ def _(query, key, value, bias, key_mask, kernel_size, stride, dilation, is_causa
 
 @torch.library.custom_op("gridattn::neighborhood_cpu_backward", mutates_args=(), device_types="cpu")
 def _backward(
-    d_out: Tensor, d_lse: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, key_mask: Tensor | None,
-    out: Tensor, lse: Tensor,
+    d_out: Tensor, d_lse: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None,
+    key_mask: Tensor | None, out: Tensor, lse: Tensor,
     kernel_size: list[int], stride: list[int], dilation: list[int], is_causal: list[bool], scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     from gridattn.ops.neighborhood.cpu_kernels import SOURCES, backward
@@ -118,7 +118,7 @@ def _backward(
         items = len(blocks) * key.shape[0] * key.shape[-2]
         d_tables = lse.new_zeros((key.shape[0], key.shape[-2], len(blocks), d_bias.numel() // key.shape[-2]))
         problem = (*arrays, d_tables.view(-1).numpy(), strides, sizes, scale, *tiling.tables, blocks)
-        _launch(backward, problem, SOURCES, items, work=3 * _work(query, value, plan) // len(tiling.phases))
+        _launch(backward, problem, SOURCES, items, 3 * _work(query, value, plan) // len(tiling.phases))
         d_bias += d_tables.sum(dim=(0, 2)).view_as(d_bias)
     for gradient, result in ((d_query, query_result), (d_key, key_sum), (d_value, value_sum)):
         if result is not gradient:

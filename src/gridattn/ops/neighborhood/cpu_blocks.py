@@ -1,4 +1,4 @@
-"""What the CPU kernels do with blocks, runs and tiles: reading the tables of a `Tiling`, moving rows in and out, masks and biases.
+"""What the CPU kernels do with blocks, runs and tiles of a `Tiling`: reading tables, moving rows, masks and biases.
 
 Tensors are flat views of their memory with a row of strides (batch, three axes, head) each.
 """
@@ -8,8 +8,9 @@ import math
 import numpy as np
 from numba import njit
 
+from gridattn.ops.neighborhood.cpu_products import KEY_BLOCK, QUERY_BLOCK
 from gridattn.ops.neighborhood.cpu_tiles import LANES
-from gridattn.ops.neighborhood.cpu_vector import KEY_BLOCK, QUERY_BLOCK, add_row, prefetch_row, read_row, write_row
+from gridattn.ops.neighborhood.cpu_vector import add_row, prefetch_row, read_row, write_row
 
 HIDDEN = -1e30  # a logit that must not count; finite, so that no arithmetic on it makes a NaN
 LOG2_E = 1.0 / math.log(2.0)
@@ -18,9 +19,10 @@ QUERY_BLOCKS = LANES // QUERY_BLOCK
 
 
 @njit(nogil=True)
-def _start(stride, sample, head):
-    """Where a sample's head begins."""
-    return sample * stride[0] + head * stride[4]
+def _row_of(stride, sample, head, step, box, a, b, c):
+    """Where a head's row at (a, b, c) of a box of keys or queries (first, number) begins."""
+    row = sample * stride[0] + head * stride[4] + (box[0, 0] + a * step[0]) * stride[1]
+    return row + (box[1, 0] + b * step[1]) * stride[2] + (box[2, 0] + c * step[2]) * stride[3]
 
 
 @njit(nogil=True)
@@ -187,8 +189,7 @@ def load_queries(source, factor, stride, sample, head, step, tile, shape, depth,
         for b in range(tile[1, 1]):
             for c in range(tile[2, 1]):
                 to = ((a * shape[1] + b) * shape[2] + c) * pitch
-                at = _start(stride, sample, head) + (tile[0, 0] + a * step[0]) * stride[1]
-                at += (tile[1, 0] + b * step[1]) * stride[2] + (tile[2, 0] + c * step[2]) * stride[3]
+                at = _row_of(stride, sample, head, step, tile, a, b, c)
                 prefetch_row(source, at + tile[2, 1] * step[2] * stride[3], depth)  # most likely of the next tile
                 read_row(source, at, factor, depth, target, to)
 
@@ -200,8 +201,7 @@ def store_queries(source, factors, stride, sample, head, step, tile, shape, dept
         for b in range(tile[1, 1]):
             for c in range(tile[2, 1]):
                 lane = (a * shape[1] + b) * shape[2] + c
-                to = _start(stride, sample, head) + (tile[0, 0] + a * step[0]) * stride[1]
-                to += (tile[1, 0] + b * step[1]) * stride[2] + (tile[2, 0] + c * step[2]) * stride[3]
+                to = _row_of(stride, sample, head, step, tile, a, b, c)
                 write_row(source, lane * pitch, factors[lane], depth, target, to)
 
 
@@ -215,7 +215,7 @@ def _unravel(index, begin, end):
 
 @njit(nogil=True)
 def open_block(item, items, blocks, box, run_begin, run_end):
-    """Reads an item's block: its box of keys (first, number) and its runs along each axis; returns the (sample, head) pair."""
+    """Reads an item's block: its box of keys (first, number) and its runs along each axis; returns the item's head."""
     for axis in range(3):
         block = blocks[axis, items[item % len(items), axis]]
         run_begin[axis], run_end[axis] = block[0], block[1]
@@ -238,7 +238,7 @@ def open_run(index, run_begin, run_end, runs, tiles, patterns, pattern, extent, 
 
 @njit(nogil=True)
 def open_tile(index, tile_begin, tile_end, tiles, box, tile):
-    """Reads the tables of a run's tile: its queries (first, number) along each axis; returns the block's row of its first key."""
+    """Reads a run's tile: its queries (first, number) along each axis; returns its first key as a row of the block."""
     chosen = _unravel(index, tile_begin, tile_end)
     row = 0
     for axis in range(3):
@@ -259,11 +259,11 @@ def hide_keys(visible, penalty, first_row, rows, count, logits):
 
 @njit(nogil=True)
 def scratch_tables(most_keys):
-    """Room for what `open_block`, `open_run`, `open_tile` and `lay_out_pattern` read and lay out, in the order of use."""
-    triples = np.empty((5, 3), np.int64)
+    """Room for what `open_block`, `open_run`, `open_tile` and `lay_out_pattern` fill, in this order."""
+    bounds = np.empty((5, 3), np.int64)
     return (
-        (np.empty((3, 2), np.int64), triples[0], triples[1]),
-        (np.empty((3, 3, LANES), np.int64), triples[2], triples[3], triples[4]),
+        (np.empty((3, 2), np.int64), bounds[0], bounds[1]),
+        (np.empty((3, 3, LANES), np.int64), bounds[2], bounds[3], bounds[4]),
         np.empty((3, 2), np.int64),
         (np.empty(most_keys, np.int64), np.empty(most_keys, np.int64), np.empty(most_keys, np.int64)),
         (np.empty((QUERY_BLOCKS, most_keys), np.int64), np.empty(QUERY_BLOCKS, np.int64)),

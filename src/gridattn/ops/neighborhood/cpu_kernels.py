@@ -1,10 +1,10 @@
 """The CPU kernels of neighborhood attention: forward and backward over the blocks of a `Tiling`, compiled by numba.
 
-Each kernel takes work items (sample and key head, block) from a shared counter until none is left, so any number of threads may
-run it at once; whatever an item writes belongs to it alone. Tensors arrive as flat views of their memory with a row of strides
-(batch, three axes, head) each; numbers are computed with in float32, or in float64 where they are stored so.
+Each kernel takes work items (sample and key head, block) from a shared counter until none is left, so any number of
+threads may run it at once; whatever an item writes belongs to it alone. Tensors arrive as flat views of their memory with
+a row of strides (batch, three axes, head) each; numbers are computed with in float32, or float64 where they are stored so.
 
-Logits are kept in base 2: with z = log2(e) * (scale * q.k + bias), P = 2^(z - max z) / sum and lse = log(2) * log2(sum 2^z).
+Logits are kept in base 2: with z = log2(e) * (scale * q.k + bias), P = 2^(z - max z) / sum, lse = ln(2) * log2(sum 2^z).
 """
 
 import inspect
@@ -14,7 +14,7 @@ from hashlib import sha256
 import numpy as np
 from numba import njit
 
-from gridattn.ops.neighborhood import cpu_blocks, cpu_tiles, cpu_vector
+from gridattn.ops.neighborhood import cpu_blocks, cpu_products, cpu_tiles, cpu_vector
 from gridattn.ops.neighborhood.cpu_blocks import (
     HIDDEN,
     LOG2_E,
@@ -39,23 +39,25 @@ from gridattn.ops.neighborhood.cpu_blocks import (
     store_queries,
     triples,
 )
-from gridattn.ops.neighborhood.cpu_tiles import LANES
-from gridattn.ops.neighborhood.cpu_vector import (
+from gridattn.ops.neighborhood.cpu_products import (
     KEY_BLOCK,
     QUERY_BLOCK,
     dot,
     exponentials,
     outer_add,
     scores,
-    take_next,
     transpose,
     weighted_sum,
 )
+from gridattn.ops.neighborhood.cpu_tiles import LANES
+from gridattn.ops.neighborhood.cpu_vector import take_next
 
 LN_2 = math.log(2.0)
 
-# numba's cache of compiled kernels goes by this file and the types of the arguments; this type names the other files' contents.
-_DIGEST = sha256("".join(map(inspect.getsource, (cpu_blocks, cpu_tiles, cpu_vector))).encode()).hexdigest()
+# numba's cache of compiled kernels goes by this file and the arguments' types; this type names the other files' contents.
+_DIGEST = sha256(
+    "".join(map(inspect.getsource, (cpu_blocks, cpu_products, cpu_tiles, cpu_vector))).encode()
+).hexdigest()
 SOURCES = np.empty(0, dtype=[(f"sources_{_DIGEST[:16]}", np.int8)])
 
 
@@ -67,11 +69,11 @@ def forward(
     """Attends for the items of the forward pass until `counter` reaches their number.
 
     Args:
-        query, key, value, out: tensors. bias: a flat table per head, or empty. key_mask: bool, or empty. lse: log-sum-exp.
+        query, key, value, out, lse: tensors. bias: a flat table per head, or empty. key_mask: bool, or empty.
         strides: (6, 5) of query, key, value, key_mask, out, lse.
         sizes: batch, query heads, key heads, depth of keys, depth of values.
         step, kernel, shape: dilation, kernel size and tile shape along each axis.
-        tiles, runs, blocks, patterns: see `Tiling`. capacity: its tile_keys and block_keys. items: the blocks to work on.
+        tiles, runs, blocks, patterns, capacity: see `Tiling`. items: the blocks to work on.
         counter: (1,) the next item, shared by all threads. sources: SOURCES.
     """
     batch, heads, key_heads, depth, value_depth = sizes
@@ -149,7 +151,7 @@ def backward(
 
     Args beyond those of `forward`:
         strides: (11, 5) of query, key, value, key_mask, out, lse, d_out, d_lse, d_query, d_key, d_value.
-        d_key, d_value: gradients to add to, of the type of `lse`. d_bias: (items, query heads per key head * table) likewise.
+        d_key, d_value: gradients to add to, of the type of `lse`. d_bias: likewise, the bias tables of every item.
     """
     batch, heads, key_heads, depth, value_depth = sizes
     members = heads // key_heads

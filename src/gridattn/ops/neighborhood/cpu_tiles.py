@@ -1,10 +1,10 @@
 """How the CPU kernels cut a neighborhood attention problem into tiles and blocks, as integer tables.
 
-A *tile* is up to LANES queries that are processed together, one per vector lane, against the smallest box of keys that holds all
-their windows. A *block* is a box of neighbouring tiles; its keys are copied once into a buffer that stays in cache. Tiles
-and blocks are products of ranges along the axes, and such a range never mixes dilation groups: a group is an axis of its own
-whose neighbours lie `dilation` apart. Tiles whose windows lie the same way inside their boxes share one *pattern*; a *run* is
-the tiles of one block that share it.
+A *tile* is up to LANES queries that are processed together, one per vector lane, against the smallest box of keys that
+holds all their windows. A *block* is a box of neighbouring tiles; its keys are copied once into a buffer that stays in
+cache. Tiles and blocks are products of ranges along the axes, and such a range never mixes dilation groups: a group is an
+axis of its own whose neighbours lie `dilation` apart. Tiles whose windows lie the same way inside their boxes share one
+*pattern*; a *run* is the tiles of one block that share it.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ MIN_ITEMS = 16  # wanted blocks x batch x heads: enough to keep the threads even
 
 @dataclass(frozen=True)
 class Tiling:
-    """Tables of a problem on a grid of rank 3 (missing axes have length 1); the first index of each table is the axis."""
+    """Tables of a problem on a grid of rank 3 (missing axes have length 1); a table's first index is the axis."""
 
     step: np.ndarray  # (3,): dilation
     kernel: np.ndarray  # (3,): kernel size
@@ -51,7 +51,7 @@ class Tiling:
 
 
 def _group_ranges(axis: AxisPlan, size: int) -> list[np.ndarray]:
-    """For each dilation group (n, 4): first query, queries, first key, keys of runs of `size` queries, as positions in it."""
+    """Ranges of `size` queries of each dilation group, (n, 4) positions: first query, queries, first key, keys."""
     groups = []
     for group in range(min(axis.dilation, axis.length)):
         first_key = axis.start[group :: axis.dilation] // axis.dilation
@@ -81,7 +81,7 @@ def _tile_shape(axes: tuple[AxisPlan, ...]) -> tuple[int, ...]:
 def _block_splits(
     axes: tuple[AxisPlan, ...], shape: tuple[int, ...], row_bytes: int, min_blocks: int
 ) -> tuple[int, ...]:
-    """Into how many blocks a dilation group is cut along each axis: the longest axis is cut first, until the keys fit."""
+    """Into how many blocks a dilation group is cut along each axis: the longest first, until the keys fit."""
     tiles = [ceil(ceil(axis.length / axis.dilation) / size) for axis, size in zip(axes, shape)]
     groups = prod(min(axis.dilation, axis.length) for axis in axes)
     splits = [1] * len(axes)
@@ -99,7 +99,7 @@ def _block_splits(
 def _axis_tables(
     axis: AxisPlan, size: int, own_lane: np.ndarray, splits: int
 ) -> tuple[list, list, list, np.ndarray, list]:
-    """Tiles, runs, blocks, patterns and the phase of each block along one axis; `own_lane` is a lane's query along it."""
+    """Tiles, runs, blocks, patterns, phase of each block along an axis; `own_lane` is each lane's query along it."""
     groups = _group_ranges(axis, size)
     ranges = np.concatenate([np.column_stack([np.full(len(table), g), table]) for g, table in enumerate(groups)])
     group, first, queries, first_key, keys = ranges.T

@@ -1,34 +1,28 @@
-"""Register-blocked vector loops for the CPU kernels, written as LLVM instructions that numba functions call.
+"""Vectors of numbers for the CPU kernels, written as LLVM instructions that numba functions call.
 
-A tile of LANES queries is handled at a time. Arrays "by key" hold one row of LANES numbers per key, one lane per query, so that a
-softmax over keys needs no sums across lanes. All loops below are matrix products of such arrays with rows of keys or queries:
-their operands stay in registers, one operand is a vector, the other one number spread over the lanes. Writing the vectors out
-(LLVM splits them into what the machine has) makes the speed independent of how well a compiler recognises the loops.
+A vector has one lane for each query of a tile. Writing vectors out (LLVM splits them into what the machine has) makes
+the speed independent of how well a compiler recognises loops.
 """
 
 import inspect
 from typing import Any
 
-import llvmlite.binding as llvm
 import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
-from numpy.polynomial import Chebyshev
+from numpy.polynomial import Chebyshev, Polynomial
 
-LANES = 16
-_WIDE = bool(llvm.get_host_cpu_features().get("avx512f", False))
-KEY_BLOCK = 8 if _WIDE else 4  # keys per pass of `scores`: as many sums as the register file holds
-QUERY_BLOCK = 4  # queries per pass of `weighted_sum`
-_COLUMN_BLOCKS = (4, 2, 1) if _WIDE else (1,)  # vectors of columns per pass of `weighted_sum` and `outer_add`
+from gridattn.ops.neighborhood.cpu_tiles import LANES
+
 _CACHE_LINE = 64
-_INDEX = ir.IntType(64)
-# Degree of the polynomial for 2^x on [-1/2, 1/2] and layout of the floating point format: bits, mantissa bits, exponent bias.
+_INT64 = ir.IntType(64)
+# Degree of the polynomial for 2^x on [-1/2, 1/2] and the format of numbers: bits, mantissa bits, exponent bias.
 _FORMATS = {types.float32: (6, 32, 23, 127), types.float64: (12, 64, 52, 1023)}
 
 
-class _Vectors:
+class Vectors:
     """Emits operations on vectors of `width` numbers."""
 
     def __init__(self, context: Any, builder: ir.IRBuilder, dtype: types.Float, width: int = LANES):
@@ -114,7 +108,7 @@ class _Vectors:
         n = self.call("llvm.rint", x)
         fraction = self.builder.fsub(x, n)
         fit = Chebyshev.interpolate(np.exp2, degree, domain=[-0.5, 0.5])
-        coefficients = fit.convert(kind=np.polynomial.Polynomial).coef
+        coefficients = fit.convert(kind=Polynomial).coef
         power = self.constant(float(coefficients[-1]))
         for coefficient in coefficients[-2::-1]:
             power = self.multiply_add(power, fraction, self.constant(float(coefficient)))
@@ -124,10 +118,10 @@ class _Vectors:
         return self.builder.fmul(power, self.builder.bitcast(exponent, self.type))
 
 
-class _Sums:
+class Sums:
     """A block of vectors that a loop adds to; LLVM keeps it in registers."""
 
-    def __init__(self, vectors: _Vectors, count: int):
+    def __init__(self, vectors: Vectors, count: int):
         self.vectors = vectors
         self.slots = [cgutils.alloca_once(vectors.builder, vectors.type) for _ in range(count)]
 
@@ -138,21 +132,21 @@ class _Sums:
         self.vectors.builder.store(vector, self.slots[i])
 
 
-def _index(value: int) -> ir.Constant:
-    return ir.Constant(_INDEX, value)
+def int64(value: int) -> ir.Constant:
+    return ir.Constant(_INT64, value)
 
 
-def _count_up(builder: ir.IRBuilder, start: ir.Value, stop: ir.Value, step: int = 1) -> Any:
-    return cgutils.for_range_slice(builder, start, stop, _index(step), _INDEX, inc=True)
+def count_up(builder: ir.IRBuilder, start: ir.Value, stop: ir.Value, step: int = 1) -> Any:
+    return cgutils.for_range_slice(builder, start, stop, int64(step), _INT64, inc=True)
 
 
-def _whole_blocks(builder: ir.IRBuilder, start: ir.Value, stop: ir.Value, block: int) -> ir.Value:
+def whole_blocks(builder: ir.IRBuilder, start: ir.Value, stop: ir.Value, block: int) -> ir.Value:
     """The last index up to which [start, stop) is made of whole blocks."""
     length = builder.sub(stop, start)
-    return builder.add(start, builder.sub(length, builder.srem(length, _index(block))))
+    return builder.add(start, builder.sub(length, builder.srem(length, int64(block))))
 
 
-def _vector_loop(emit: Any) -> Any:
+def vector_loop(emit: Any) -> Any:
     """Makes a function that numba code can call out of one that emits instructions.
 
     The caller passes arrays, which arrive as pointers to their first element, and integers, which arrive as int64.
@@ -167,7 +161,7 @@ def _vector_loop(emit: Any) -> Any:
                 context.make_array(t)(context, builder, argument).data if isinstance(t, types.Array) else argument
                 for t, argument in zip(signature.args, arguments)
             ]
-            emit(_Vectors(context, builder, dtype), *operands)
+            emit(Vectors(context, builder, dtype), *operands)
             return context.get_dummy_value()
 
         return types.none(*expected), generate
@@ -178,154 +172,11 @@ def _vector_loop(emit: Any) -> Any:
     return intrinsic(declare)
 
 
-@_vector_loop
-def scores(v, a, a_start, pitch, depth, rows, count, b, initial, initial_step, out, peak):
-    """out[i, lane] = initial[i, lane] + sum over d of a[rows[i], d] * b[d, lane]; peak[lane] = max over i of out[i, lane].
-
-    `count` must be a multiple of KEY_BLOCK; `initial_step` is LANES, or 0 where one row of `initial` serves all keys.
-    """
-    builder = v.builder
-    largest = _Sums(v, 1)
-    largest[0] = v.constant(-np.finfo(np.float32).max)
-    sums = _Sums(v, KEY_BLOCK)
-    with _count_up(builder, _index(0), count, KEY_BLOCK) as (i, _):
-        keys = []
-        for r in range(KEY_BLOCK):
-            key = builder.add(i, _index(r))
-            sums[r] = v.load(initial, builder.mul(key, initial_step))
-            keys.append(builder.gep(a, [builder.add(a_start, builder.mul(v.element(rows, key), pitch))]))
-        with _count_up(builder, _index(0), depth) as (d, _):
-            b_row = v.load(b, builder.mul(d, _index(LANES)))
-            for r in range(KEY_BLOCK):
-                sums[r] = v.multiply_add(v.spread(v.element(keys[r], d)), b_row, sums[r])
-        for r in range(KEY_BLOCK):
-            v.store(sums[r], out, builder.mul(builder.add(i, _index(r)), _index(LANES)))
-            largest[0] = v.call("llvm.maxnum", largest[0], sums[r])
-    v.store(largest[0], peak, _index(0))
-
-
-@_vector_loop
-def exponentials(v, x, count, shift, total):
-    """x[i, lane] becomes 2^(x[i, lane] - shift[lane]), which must be at most about 1; total[lane] is the sum over i."""
-    builder = v.builder
-    sums = _Sums(v, 1)
-    sums[0] = v.constant(0.0)
-    shifts = v.load(shift, _index(0))
-    with _count_up(builder, _index(0), count) as (i, _):
-        at = builder.mul(i, _index(LANES))
-        power = v.exp2(builder.fsub(v.load(x, at), shifts))
-        v.store(power, x, at)
-        sums[0] = builder.fadd(sums[0], power)
-    v.store(sums[0], total, _index(0))
-
-
-@_vector_loop
-def weighted_sum(v, weights, first_lane, keys, keys_start, count, rows, b, b_start, pitch, out, out_start):
-    """out[q, :] = sum over i in keys of weights[i, first_lane + q] * b[rows[i], :] for QUERY_BLOCK queries q.
-
-    Rows of `b` and `out` are `pitch` numbers long, a multiple of LANES.
-    """
-    builder = v.builder
-    start = _index(0)
-    for block in _COLUMN_BLOCKS:
-        stop = _whole_blocks(builder, start, pitch, block * LANES)
-        sums = _Sums(v, QUERY_BLOCK * block)
-        with _count_up(builder, start, stop, block * LANES) as (column, _):
-            for s in range(QUERY_BLOCK * block):
-                sums[s] = v.constant(0.0)
-            b_columns = builder.gep(b, [builder.add(b_start, column)])
-            with _count_up(builder, _index(0), count) as (n, _):
-                i = v.element(keys, builder.add(keys_start, n))
-                weight = builder.add(builder.mul(i, _index(LANES)), first_lane)
-                b_row = builder.mul(v.element(rows, i), pitch)
-                vectors = [v.load(b_columns, builder.add(b_row, _index(c * LANES))) for c in range(block)]
-                for q in range(QUERY_BLOCK):
-                    number = v.spread(v.element(weights, builder.add(weight, _index(q))))
-                    for c in range(block):
-                        sums[q * block + c] = v.multiply_add(number, vectors[c], sums[q * block + c])
-            for q in range(QUERY_BLOCK):
-                row = builder.add(builder.add(out_start, column), builder.mul(_index(q), pitch))
-                for c in range(block):
-                    v.store(sums[q * block + c], out, builder.add(row, _index(c * LANES)))
-        start = stop
-
-
-@_vector_loop
-def outer_add(v, weights, lane_from, lane_to, rows, count, b, pitch, out, out_start):
-    """out[rows[i], :] += sum over lanes q of weights[i, q] * b[q, :], where only lane_from[i] <= q < lane_to[i] need count.
-
-    Rows of `b` and `out` are `pitch` numbers long, a multiple of LANES.
-    """
-    builder = v.builder
-    first_column = _index(0)
-    for block in _COLUMN_BLOCKS:
-        last_column = _whole_blocks(builder, first_column, pitch, block * LANES)
-        with _count_up(builder, first_column, last_column, block * LANES) as (column, _):
-            first_key = _index(0)
-            for key_block in (4, 1):
-                last_key = _whole_blocks(builder, first_key, count, key_block)
-                sums = _Sums(v, key_block * block)
-                with _count_up(builder, first_key, last_key, key_block) as (i, _):
-                    keys = [builder.add(i, _index(r)) for r in range(key_block)]
-                    targets = [
-                        builder.add(builder.add(out_start, column), builder.mul(v.element(rows, key), pitch))
-                        for key in keys
-                    ]
-                    lane_start = lane_stop = None
-                    for key in keys:
-                        lo, hi = v.element(lane_from, key), v.element(lane_to, key)
-                        lane_start = lo if lane_start is None else _pick(builder, "<", lane_start, lo)
-                        lane_stop = hi if lane_stop is None else _pick(builder, ">", lane_stop, hi)
-                    for r in range(key_block):
-                        for c in range(block):
-                            sums[r * block + c] = v.load(out, builder.add(targets[r], _index(c * LANES)))
-                    with _count_up(builder, lane_start, lane_stop) as (q, _):
-                        b_row = builder.add(builder.mul(q, pitch), column)
-                        vectors = [v.load(b, builder.add(b_row, _index(c * LANES))) for c in range(block)]
-                        for r in range(key_block):
-                            weight = v.element(weights, builder.add(builder.mul(keys[r], _index(LANES)), q))
-                            for c in range(block):
-                                sums[r * block + c] = v.multiply_add(v.spread(weight), vectors[c], sums[r * block + c])
-                    for r in range(key_block):
-                        for c in range(block):
-                            v.store(sums[r * block + c], out, builder.add(targets[r], _index(c * LANES)))
-                first_key = last_key
-        first_column = last_column
-
-
-def _pick(builder: ir.IRBuilder, comparison: str, a: ir.Value, b: ir.Value) -> ir.Value:
-    return builder.select(builder.icmp_signed(comparison, a, b), a, b)
-
-
-@_vector_loop
-def transpose(v, rows, pitch, out):
-    """out[d, lane] = rows[lane, d] for LANES rows of `pitch` numbers, a multiple of LANES."""
-    builder = v.builder
-    with _count_up(builder, _index(0), pitch, LANES) as (d, _):
-        block = [v.load(rows, builder.add(d, builder.mul(_index(lane), pitch))) for lane in range(LANES)]
-        for _ in range(LANES.bit_length() - 1):
-            pairs = list(zip(block[: LANES // 2], block[LANES // 2 :]))
-            block = [v.interleave(a, b, first) for a, b in pairs for first in (0, LANES // 2)]
-        for i, vector in enumerate(block):
-            v.store(vector, out, builder.mul(builder.add(d, _index(i)), _index(LANES)))
-
-
-@_vector_loop
-def dot(v, a, b, start, pitch, out, at):
-    """out[at] = sum over d of a[start + d] * b[start + d], rows of `pitch` numbers, a multiple of LANES."""
-    builder = v.builder
-    sums = _Sums(v, 1)
-    sums[0] = v.constant(0.0)
-    with _count_up(builder, start, builder.add(start, pitch), LANES) as (d, _):
-        sums[0] = v.multiply_add(v.load(a, d), v.load(b, d), sums[0])
-    builder.store(v.total(sums[0]), builder.gep(out, [at]))
-
-
 def _row_loop(emit: Any) -> Any:
     """Makes a function that numba code can call out of one that emits what to do with neighbouring numbers of two rows.
 
-    The call is (source, at, factor, length, target, to): `length` numbers of `source` from `at` on, times `factor`, go to `target`
-    from `to` on. A row of 16-bit integers holds the upper halves of float32 numbers (bfloat16).
+    The call is (source, at, factor, length, target, to): `length` numbers of `source` from `at` on, times `factor`, go
+    to `target` from `to` on. A row of 16-bit integers holds the upper halves of float32 numbers (bfloat16).
     """
 
     def declare(typing_context, source, at, factor, length, target, to):
@@ -334,12 +185,12 @@ def _row_loop(emit: Any) -> Any:
         def generate(context, builder, signature, arguments):
             rows = [context.make_array(signature.args[i])(context, builder, arguments[i]).data for i in (0, 4)]
             _, at, factor, length, _, to = arguments
-            done = _index(0)
+            done = int64(0)
             for width in (LANES, 1):
-                v = _Vectors(context, builder, number, width)
+                v = Vectors(context, builder, number, width)
                 factors = v.spread(factor)
-                stop = _whole_blocks(builder, done, length, width)
-                with _count_up(builder, done, stop, width) as (d, _):
+                stop = whole_blocks(builder, done, length, width)
+                with count_up(builder, done, stop, width) as (d, _):
                     emit(v, rows[0], builder.add(at, d), factors, rows[1], builder.add(to, d))
                 done = stop
             return context.get_dummy_value()
@@ -379,7 +230,7 @@ def prefetch_row(typing_context, source, at, length):
         function_type = ir.FunctionType(ir.VoidType(), [byte, flag, flag, flag])
         function = cgutils.get_or_insert_function(builder.module, function_type, "llvm.prefetch.p0")
         stop = builder.add(arguments[1], arguments[2])
-        with _count_up(builder, arguments[1], stop, _CACHE_LINE * 8 // source.dtype.bitwidth) as (d, _):
+        with count_up(builder, arguments[1], stop, _CACHE_LINE * 8 // source.dtype.bitwidth) as (d, _):
             address = builder.bitcast(builder.gep(array, [d]), byte)
             builder.call(function, [address, flag(0), flag(3), flag(1)])  # to read, into all levels, data
         return context.get_dummy_value()
@@ -393,6 +244,6 @@ def take_next(typing_context, counter):
 
     def generate(context, builder, signature, arguments):
         array = context.make_array(signature.args[0])(context, builder, arguments[0])
-        return builder.atomic_rmw("add", array.data, _index(1), "monotonic")
+        return builder.atomic_rmw("add", array.data, int64(1), "monotonic")
 
     return types.int64(counter), generate
