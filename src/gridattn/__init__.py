@@ -4,14 +4,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gridattn.layers import create_attention, list_attentions
+    from gridattn.layers import attention_info, create_attention, list_attentions
     from gridattn.models import create_model, list_models, load_model, save_model
 
 __version__ = "0.1.0"
 
-__all__ = ["create_attention", "create_model", "list_attentions", "list_models", "load_model", "save_model"]
+__all__ = [
+    "attention_info",
+    "create_attention",
+    "create_model",
+    "list_attentions",
+    "list_models",
+    "load_model",
+    "save_model",
+]
 
 _HOME = {
+    "attention_info": "gridattn.layers",
     "create_attention": "gridattn.layers",
     "list_attentions": "gridattn.layers",
     "create_model": "gridattn.models",

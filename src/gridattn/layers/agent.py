@@ -109,7 +109,7 @@ class AgentMixer(nn.Module):
         return self.mix(query, key, value, agents, aggregate, broadcast)
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor, agents: Tensor, *biases: Tensor) -> Tensor:
-        """Agent attention with this mixer's scale and dropout; `biases` are the aggregating and the broadcasting one."""
+        """Agent attention with this mixer's scale and dropout; `biases` are B1 and B2."""
         return agent_attention(
             query,
             key,
@@ -228,7 +228,8 @@ class AgentAttention(GridAttention):
         return rearrange(self.qkv(x), "... (three h d) -> three ... h d", three=3, h=self.num_heads).unbind(0)
 
     def _project_reduced(self, x: Tensor) -> tuple[Tensor, ...]:
-        assert self.patch is not None and self.patch_norm is not None
+        assert self.patch is not None
+        assert self.patch_norm is not None
         missing = [max(r - n, 0) if isinstance(n, int) else 0 for n, r in zip(x.shape[1:-1], self.reduction)]
         patches = F.pad(x, [0, 0] + [a for amount in reversed(missing) for a in (0, amount)]) if any(missing) else x
         patches = self.patch_norm(self.patch(patches.movedim(-1, 1)).movedim(1, -1))

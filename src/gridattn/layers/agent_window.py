@@ -109,8 +109,8 @@ class AgentWindowAttention(GridAttention):
     """Agent attention inside windows: agents, biases and the depth-wise convolution all belong to one window.
 
     The roll of shifted windows is cyclic and, as in the official layer, not masked: positions of opposite borders meet
-    in the last windows. Padding is masked: it is no key, and no agent is pooled from it. A window longer than an axis is
-    cut to it and not shifted along it.
+    in the last windows. Padding is masked: it is no key, and no agent is pooled from it. A window longer than an axis
+    is cut to it and not shifted along it.
 
     Args:
         dim: channels C.
@@ -171,7 +171,8 @@ class AgentWindowAttention(GridAttention):
     def forward(self, x: Tensor) -> Tensor:
         """(B, *grid, C) -> (B, *grid, C)."""
         window, shift = self._clip(self.check_input(x))
-        return self.proj_drop(self.proj(mix_in_windows(self.mixer, *self._project(x), window, shift)))
+        query, key, value = self._project(x)
+        return self.proj_drop(self.proj(mix_in_windows(self.mixer, query, key, value, window, shift)))
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
         return rearrange(self.qkv(x), "... (three h d) -> three ... h d", three=3, h=self.num_heads).unbind(0)

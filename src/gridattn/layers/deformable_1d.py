@@ -121,7 +121,7 @@ class DeformableAttention1d(GridAttention):
         windows = rearrange(query, "b h n d -> (b h) d n")
         if missing > 0:
             windows = F.pad(windows, (0, missing))
-        offset = rearrange(self.to_offsets(windows), "(b h) 1 m -> b h m", b=batch)
+        offset = self.to_offsets(windows).squeeze(1).unflatten(0, (batch, self.num_heads))
         offset = offset.to(torch.promote_types(offset.dtype, torch.float32)).tanh() * self.offset_scale
         return torch.arange(offset.shape[-1], dtype=offset.dtype, device=offset.device) + offset
 

@@ -14,7 +14,7 @@ from gridattn.layers.mlp import Mlp
 from gridattn.layers.registry import register_attention
 from gridattn.ops.common import check_channels
 from gridattn.ops.pairwise import pairwise_attention
-from gridattn.ops.rollout import check_ratio, rollout_row, top_responses
+from gridattn.ops.rollout import count_of, rollout_row, share_of, top_responses
 
 
 @register_attention(
@@ -63,9 +63,9 @@ class GlobalLocalAttention(GridAttention):
         scale: float | None = None,
     ) -> None:
         head_dim = check_channels(dim, num_heads)
-        check_ratio(ratio)
+        part = share_of(ratio)
         super().__init__(dim, rank=len(grid))
-        self.num_heads, self.ratio = num_heads, ratio
+        self.num_heads, self.part = num_heads, part
         self.scale = head_dim**-0.5 if scale is None else scale
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
@@ -93,7 +93,7 @@ class GlobalLocalAttention(GridAttention):
         """The queries that attend, (B, heads, 1 + R, head_dim), the mean first, and the R indices (B, R)."""
         mean = query.mean(2, keepdim=True)
         response = (mean @ key.transpose(-1, -2) * self.scale).detach().float().softmax(-1)
-        selected = top_responses(response.mean(1).squeeze(1), self.ratio)
+        selected = top_responses(response.mean(1).squeeze(1), self.part)
         index = selected[:, None, :, None].expand(-1, self.num_heads, -1, query.shape[-1])
         return torch.cat([mean, query.gather(2, index)], dim=2), selected
 
@@ -108,7 +108,7 @@ class GlobalLocalAttention(GridAttention):
 
     def macs(self, grid: Sequence[int]) -> int:
         n = prod(grid)
-        rows = 1 + max(int(self.ratio * n), 1)
+        rows = 1 + count_of(n, self.part)
         return n * 3 * self.dim**2 + n * self.dim * (1 + 2 * rows) + rows * self.dim**2
 
     def attention_map(self, x: Tensor, query: Sequence[int]) -> Tensor:
@@ -216,6 +216,6 @@ def select_tokens(tokens: Tensor, attentions: Sequence[Tensor], ratio: float) ->
         (torch.Size([2, 4, 24]), [0, 0])
     """
     with torch.no_grad():
-        patches = 1 + top_responses(rollout_row(attentions)[:, 1:], ratio)
+        patches = 1 + top_responses(rollout_row(attentions)[:, 1:], share_of(ratio))
     index = F.pad(patches, (1, 0))
     return tokens.gather(1, index.unsqueeze(-1).expand(-1, -1, tokens.shape[-1])), index

@@ -294,7 +294,7 @@ def convert_official_scan(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def convert_official_block(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """State of one of the authors' conditioned blocks -> state of `LaMambaBlock`; tables that are computed are left out.
+    """State of one of the authors' conditioned blocks -> state of `LaMambaBlock`, without tables that are computed.
 
     Their table of position biases is indexed by query minus key, one row per offset; ours by key minus query.
     """

@@ -7,9 +7,11 @@ from gridattn.models.grid_vit import GridViT
 from gridattn.models.nat import NAT, DiNATs, IsotropicNAT
 from gridattn.models.registry import ModelInfo, create_model, list_models, model_info, register_variants
 from gridattn.models.state import CheckpointError, load_checkpoint
+from gridattn.models.van import VAN
 
 __all__ = [
     "NAT",
+    "VAN",
     "AttentionInput",
     "Backbone",
     "CheckpointError",

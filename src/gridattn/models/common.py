@@ -1,6 +1,6 @@
 """What backbones share: an interface as in timm, residual blocks around a grid attention, and their inputs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple
 
@@ -69,9 +69,13 @@ class Backbone(nn.Module):
         """(B, in_chans, *size) -> logits (B, num_classes)."""
         return self.forward_head(self.forward_features(images))
 
+    def from_official(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The published state dict of the family under our names; names that are ours already stay."""
+        return dict(state)
+
     def load_official(self, state: dict[str, Tensor]) -> None:
-        """Loads the published state dict of the family, strictly; families with other names than ours override it."""
-        load_strict(self, state)
+        """Loads the published state dict of the family, strictly."""
+        load_strict(self, self.from_official(state))
 
     def check_images(self, images: Tensor) -> None:
         """Raises ValueError unless `images` is (B, in_chans, *size) with as many axes as the model's grid."""
@@ -101,7 +105,7 @@ class Backbone(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns that sort parameters into a sequence of groups, for layer-wise learning rates."""
         level = r"^levels\.(\d+)"
-        fine = [(level + r"\.(?:downsample|position)", (0,)), (level + r"\.blocks\.(\d+)", None)]
+        fine = [(level + r"\.(?:downsample|position|norm)", (0,)), (level + r"\.blocks\.(\d+)", None)]
         return {"stem": r"^patch_embed", "blocks": level if coarse else [*fine, (r"^norm", (99999,))]}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -185,6 +189,7 @@ class Block(nn.Module):
         drop_path: probability of dropping a branch.
         dropout: inside the MLP.
         layer_scale: initial value of g1 and g2, one learned factor a channel; None for none.
+        norm_eps: of both LayerNorms.
     """
 
     def __init__(
@@ -194,12 +199,13 @@ class Block(nn.Module):
         drop_path: float = 0.0,
         dropout: float = 0.0,
         layer_scale: float | None = None,
+        norm_eps: float = 1e-5,
     ) -> None:
         super().__init__()
         dim = attention.dim
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm1 = nn.LayerNorm(dim, norm_eps)
         self.attn = attention
-        self.norm2 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim, norm_eps)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), dropout)
         self.drop_path = DropPath(drop_path)
         self.gamma1 = None if layer_scale is None else nn.Parameter(layer_scale * torch.ones(dim))
@@ -214,14 +220,19 @@ class Block(nn.Module):
 
 
 class Level(nn.Module):
-    """Blocks of one resolution, led by an optional position encoding and followed by an optional downsampler."""
+    """Blocks of one resolution, led by an optional position encoding, followed by an optional norm and downsampler."""
 
     def __init__(
-        self, blocks: Sequence[nn.Module], downsample: nn.Module | None = None, position: nn.Module | None = None
+        self,
+        blocks: Sequence[nn.Module],
+        downsample: nn.Module | None = None,
+        position: nn.Module | None = None,
+        norm: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.position = position
         self.blocks = nn.ModuleList(blocks)
+        self.norm = norm
         self.downsample = downsample
 
     def forward(self, x: Tensor, recompute: bool = False) -> tuple[Tensor, Tensor]:
@@ -230,6 +241,8 @@ class Level(nn.Module):
             x = self.position(x)
         for block in self.blocks:
             x = checkpoint(block, x, use_reentrant=False) if recompute and torch.is_grad_enabled() else block(x)
+        if self.norm is not None:
+            x = self.norm(x)
         return x, x if self.downsample is None else self.downsample(x)
 
 

@@ -83,6 +83,7 @@ class FeatureMaps(nn.Module):
         `norm.*` and `head.*` of a classifier are left out, as there is nothing here that they belong to; the `norm{i}`
         that a classifier lacks keep their initial values. A detector's `norm{i}` of a map not asked for is left out.
         """
+        state = self.body.from_official(state)
         own = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("body.")}
         taps = {name: state[name] for name in own if name in state}
         if taps and len(taps) < len(own):

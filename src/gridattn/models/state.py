@@ -90,6 +90,8 @@ def load_weights(model: Any, path: str | PathLike[str], *, keep_head: bool = Tru
     """
     state = load_checkpoint(path)
     own = model.state_dict()
+    if any(name not in own for name in state) and hasattr(model, "from_official"):
+        state = model.from_official(state)
     if not keep_head:
         head = {name: tensor for name, tensor in own.items() if name.startswith("head.")}
         if not head or any(name in state and state[name].shape != tensor.shape for name, tensor in head.items()):

@@ -94,7 +94,7 @@ def agent_attention_reference(
 
 
 def pool_agents(query: Tensor, size: Sequence[int]) -> Tensor:
-    """Agents as means of the queries over a grid of cells (adaptive average pooling): (B, *grid, h, d) -> (B, *size, h, d).
+    """Means of the queries over cells, adaptive average pooling: (B, *grid, h, d) -> (B, *size, h, d).
 
     Cell i of X positions in p cells covers floor(i X / p) up to, not with, ceil((i + 1) X / p).
 
@@ -177,7 +177,7 @@ def _check_heads(query: Tensor, key: Tensor, value: Tensor, agents: Tensor) -> N
     for name, tensor in (("key", key), ("value", value), ("agents", agents)):
         if tensor.shape[-2] != query.shape[-2] or (name != "value" and tensor.shape[-1] != query.shape[-1]):
             raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}; heads and width {tuple(query.shape[-2:])} of query are allowed"
+                f"{name} has shape {tuple(tensor.shape)}; heads and width of query, {tuple(query.shape[-2:])}, needed"
             )
     if key.shape[:-2] != value.shape[:-2]:
         raise ValueError(f"value has shape {tuple(value.shape)}; the positions of key {tuple(key.shape)} are allowed")

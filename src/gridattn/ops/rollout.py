@@ -1,6 +1,7 @@
 """Attention rollout: how much each token owes to each token after several layers, and which tokens respond most."""
 
 from collections.abc import Sequence
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -67,31 +68,46 @@ def _head_means(attentions: Sequence[Tensor]) -> list[Tensor]:
     return [attention.mean(1) for attention in attentions]
 
 
-def top_responses(response: Tensor, ratio: float) -> Tensor:
-    """Indices of the floor(ratio N) largest entries, at least one, in falling order; the lower index wins a tie.
+def top_responses(response: Tensor, part: tuple[int, int]) -> Tensor:
+    """Indices of the largest entries, `part` of all and at least one, in falling order; the lower index wins a tie.
 
     Args:
         response: (B, N).
-        ratio: part of the N to select, in (0, 1].
+        part: numerator and denominator of the share R / N, from `share_of`; R is rounded down.
 
     Returns:
         (B, R) int64; no gradient flows through the choice.
 
-    Raises:
-        ValueError: a ratio outside (0, 1].
-
     Source: DCAL, arXiv 2205.02151.
 
     Example:
-        >>> top_responses(torch.tensor([[0.1, 0.3, 0.3, 0.2]]), 0.5).tolist()
+        >>> top_responses(torch.tensor([[0.1, 0.3, 0.3, 0.2]]), share_of(0.5)).tolist()
         [[1, 2]]
     """
-    check_ratio(ratio)
-    count = max(int(ratio * response.shape[-1]), 1)
-    return response.detach().argsort(dim=-1, descending=True, stable=True)[..., :count]
+    return response.detach().argsort(dim=-1, descending=True, stable=True)[..., : count_of(response.shape[-1], part)]
 
 
-def check_ratio(ratio: float) -> None:
-    """Raises ValueError unless `ratio` lies in (0, 1]."""
+def share_of(ratio: float) -> tuple[int, int]:
+    """Numerator and denominator of a ratio in (0, 1]: with integers 0.29 of 100 is 29, which floats round to 28.
+
+    Raises:
+        ValueError: a ratio outside (0, 1].
+
+    Example:
+        >>> share_of(0.3)
+        (3, 10)
+    """
     if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= 1:
         raise ValueError(f"ratio={ratio!r} is not allowed; it must be a number in (0, 1]")
+    fraction = Fraction(ratio).limit_denominator(10**6)
+    return fraction.numerator, fraction.denominator
+
+
+def count_of(positions: int, part: tuple[int, int]) -> int:
+    """Number of positions that a share makes, rounded down, at least 1.
+
+    Example:
+        >>> count_of(784, share_of(0.1))
+        78
+    """
+    return max(positions * part[0] // part[1], 1)

@@ -20,7 +20,7 @@ class TokenMatching(NamedTuple):
     """Which tokens are destinations, and where every other token would go.
 
     Attributes:
-        destinations: (D), positions in row-major order.
+        destinations: (D), positions in the grid.
         sources: (B, N - D), positions, those most similar to their destination first.
         targets: (B, N - D), for every source the index of its destination among the D.
     """
@@ -117,7 +117,7 @@ def match_tokens(metric: Tensor, destinations: Tensor) -> TokenMatching:
 
     Args:
         metric: (B, N, C), the features compared.
-        destinations: (D), positions in ascending order.
+        destinations: (D), positions; merged tokens keep their order.
 
     Returns:
         The matching; it carries no gradient. Of equal similarities the one first in row-major order comes first.

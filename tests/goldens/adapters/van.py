@@ -1,10 +1,11 @@
-"""Visual Attention Network: large kernel attention and its block."""
+"""Visual Attention Network: large kernel attention, its block and the whole networks."""
 
 import torch
 from case import GoldenCase, Result
 from torch import nn
 
 from gridattn.layers.large_kernel import LargeKernelAttention, VisualAttentionBlock, convert_official
+from gridattn.models import create_model
 
 
 def _run(layer: nn.Module, case: GoldenCase) -> Result:
@@ -23,9 +24,23 @@ def block(case: GoldenCase) -> Result:
     return _run(VisualAttentionBlock(case.config["dim"], mlp_ratio=case.config["mlp_ratio"]), case)
 
 
-ADAPTERS = {"LKA": large_kernel, "Block": block}
-PENDING = {
-    "VAN": "the classifier is a whole model",
-    "VAN(dense backbone)": "the backbone is a whole model",
-    "FPN + FPNHead": "the segmentation head belongs to a system",
-}
+def classifier(case: GoldenCase) -> Result:
+    model = create_model("van_b0", **case.config)
+    model.load_official(case.state)
+    x = case.leaf("x")
+    y = model.eval()(x)
+    (grad,) = torch.autograd.grad(y, x, case.inputs["cotangent"])
+    return {"out.y": y, "grad.x": grad}
+
+
+def dense(case: GoldenCase) -> Result:
+    model = create_model("van_b0", features_only=True, **case.config)
+    model.load_official(case.state)
+    x = case.leaf("x")
+    maps = model.eval()(x)
+    (grad,) = torch.autograd.grad(maps, x, [case.inputs[f"cotangent.y{i}"] for i in range(len(maps))])
+    return {"grad.x": grad} | {f"out.y{i}": y for i, y in enumerate(maps)}
+
+
+ADAPTERS = {"LKA": large_kernel, "Block": block, "VAN": classifier, "VAN(dense backbone)": dense}
+PENDING = {"FPN + FPNHead": "the segmentation head belongs to a system"}

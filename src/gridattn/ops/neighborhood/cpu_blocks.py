@@ -31,13 +31,8 @@ def copy_box(source, stride, sample, head, step, box, depth, pitch, target):
     to = 0
     for a in range(box[0, 1]):
         for b in range(box[1, 1]):
-            row = (
-                _start(stride, sample, head)
-                + (box[0, 0] + a * step[0]) * stride[1]
-                + (box[1, 0] + b * step[1]) * stride[2]
-            )
             for c in range(box[2, 1]):
-                at = row + (box[2, 0] + c * step[2]) * stride[3]
+                at = _row_of(stride, sample, head, step, box, a, b, c)
                 prefetch_row(source, at + PREFETCH * step[2] * stride[3], depth)
                 read_row(source, at, 1.0, depth, target, to)
                 to += pitch
@@ -49,13 +44,8 @@ def add_box(source, factor, stride, sample, head, step, box, depth, pitch, targe
     at = 0
     for a in range(box[0, 1]):
         for b in range(box[1, 1]):
-            row = (
-                _start(stride, sample, head)
-                + (box[0, 0] + a * step[0]) * stride[1]
-                + (box[1, 0] + b * step[1]) * stride[2]
-            )
             for c in range(box[2, 1]):
-                to = row + (box[2, 0] + c * step[2]) * stride[3]
+                to = _row_of(stride, sample, head, step, box, a, b, c)
                 add_row(source, at, factor, depth, target, to)
                 at += pitch
 
@@ -67,13 +57,8 @@ def hide_masked(key_mask, stride, sample, step, box, keys, values, penalty):
     for a in range(box[0, 1]):
         for b in range(box[1, 1]):
             for c in range(box[2, 1]):
-                at = (
-                    _start(stride, sample, 0)
-                    + (box[0, 0] + a * step[0]) * stride[1]
-                    + (box[1, 0] + b * step[1]) * stride[2]
-                )
                 penalty[row] = 0
-                if not key_mask[at + (box[2, 0] + c * step[2]) * stride[3]]:
+                if not key_mask[_row_of(stride, sample, 0, step, box, a, b, c)]:
                     penalty[row] = HIDDEN
                     for d in range(keys.shape[1]):
                         keys[row, d] = 0

@@ -1,10 +1,10 @@
 """The CPU kernels of neighborhood attention: forward and backward over the blocks of a `Tiling`, compiled by numba.
 
 Each kernel takes work items (sample and key head, block) from a shared counter until none is left, so any number of
-threads may run it at once; whatever an item writes belongs to it alone. Tensors arrive as flat views of their memory with
-a row of strides (batch, three axes, head) each; numbers are computed with in float32, or float64 where they are stored so.
+threads may run it at once; whatever an item writes belongs to it alone. Tensors arrive as flat views of their memory,
+each with a row of strides (batch, three axes, head). Arithmetic is in float32, or in float64 for tensors of float64.
 
-Logits are kept in base 2: with z = log2(e) * (scale * q.k + bias), P = 2^(z - max z) / sum, lse = ln(2) * log2(sum 2^z).
+Logits are kept in base 2: with z = log2(e) * (scale * q.k + bias), P = 2^(z - log2(sum 2^z)).
 """
 
 import inspect
@@ -54,11 +54,9 @@ from gridattn.ops.neighborhood.cpu_vector import take_next
 
 LN_2 = math.log(2.0)
 
-# numba's cache of compiled kernels goes by this file and the arguments' types; this type names the other files' contents.
-_DIGEST = sha256(
-    "".join(map(inspect.getsource, (cpu_blocks, cpu_products, cpu_tiles, cpu_vector))).encode()
-).hexdigest()
-SOURCES = np.empty(0, dtype=[(f"sources_{_DIGEST[:16]}", np.int8)])
+# numba's cache of compiled kernels goes by this file and the arguments' types: this type names the other files' text.
+_TEXT = "".join(map(inspect.getsource, (cpu_blocks, cpu_products, cpu_tiles, cpu_vector)))
+SOURCES = np.empty(0, dtype=[(f"sources_{sha256(_TEXT.encode()).hexdigest()[:16]}", np.int8)])
 
 
 @njit(nogil=True, cache=True)

@@ -1,8 +1,8 @@
 """The matrix products of the CPU kernels, blocked for registers.
 
-Arrays "by key" hold one row of LANES numbers per key, one lane per query, so that a softmax over keys needs no sums across
-lanes. Every loop multiplies such an array with rows of keys, values or queries: one operand is a vector, the other one
-number spread over the lanes, and a block of sums stays in registers.
+Arrays "by key" hold one row of LANES numbers per key, one lane per query, so that a softmax over keys needs no sums
+across lanes. Every loop multiplies such an array with rows of keys, values or queries: one operand is a vector, the
+other one number spread over the lanes, and a block of sums stays in registers.
 """
 
 import llvmlite.binding as llvm

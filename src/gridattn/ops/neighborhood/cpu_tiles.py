@@ -2,9 +2,9 @@
 
 A *tile* is up to LANES queries that are processed together, one per vector lane, against the smallest box of keys that
 holds all their windows. A *block* is a box of neighbouring tiles; its keys are copied once into a buffer that stays in
-cache. Tiles and blocks are products of ranges along the axes, and such a range never mixes dilation groups: a group is an
-axis of its own whose neighbours lie `dilation` apart. Tiles whose windows lie the same way inside their boxes share one
-*pattern*; a *run* is the tiles of one block that share it.
+cache. Tiles and blocks are products of ranges along the axes, and such a range never mixes dilation groups: a group is
+an axis of its own whose neighbours lie `dilation` apart. Tiles whose windows lie the same way inside their boxes share
+one *pattern*; a *run* is the tiles of one block that share it.
 """
 
 from collections.abc import Sequence

@@ -25,7 +25,7 @@ _FORMATS = {types.float32: (6, 32, 23, 127), types.float64: (12, 64, 52, 1023)}
 class Vectors:
     """Emits operations on vectors of `width` numbers."""
 
-    def __init__(self, context: Any, builder: ir.IRBuilder, dtype: types.Float, width: int = LANES):
+    def __init__(self, context: Any, builder: Any, dtype: types.Float, width: int = LANES):
         self.builder = builder
         self.dtype = dtype
         self.width = width
@@ -136,11 +136,11 @@ def int64(value: int) -> ir.Constant:
     return ir.Constant(_INT64, value)
 
 
-def count_up(builder: ir.IRBuilder, start: ir.Value, stop: ir.Value, step: int = 1) -> Any:
+def count_up(builder: Any, start: ir.Value, stop: ir.Value, step: int = 1) -> Any:
     return cgutils.for_range_slice(builder, start, stop, int64(step), _INT64, inc=True)
 
 
-def whole_blocks(builder: ir.IRBuilder, start: ir.Value, stop: ir.Value, block: int) -> ir.Value:
+def whole_blocks(builder: Any, start: ir.Value, stop: ir.Value, block: int) -> ir.Value:
     """The last index up to which [start, stop) is made of whole blocks."""
     length = builder.sub(stop, start)
     return builder.add(start, builder.sub(length, builder.srem(length, int64(block))))
@@ -156,7 +156,7 @@ def vector_loop(emit: Any) -> Any:
         dtype = next(t.dtype for t in given if isinstance(t, types.Array) and isinstance(t.dtype, types.Float))
         expected = [t if isinstance(t, types.Array) else types.int64 for t in given]
 
-        def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> ir.Value:
             operands = [
                 context.make_array(t)(context, builder, argument).data if isinstance(t, types.Array) else argument
                 for t, argument in zip(signature.args, arguments)
