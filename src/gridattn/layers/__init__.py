@@ -26,6 +26,7 @@ from gridattn.layers.oriented_pooling import OrientedPoolingAttention
 from gridattn.layers.path_mask import PolylinePathAttention
 from gridattn.layers.polarized import PolarizedSelfAttention
 from gridattn.layers.registry import AttentionInfo, attention_info, create_attention, list_attentions
+from gridattn.layers.routing import RoutingAttention
 from gridattn.layers.scan import LaMambaBlock, ScanWindowAttention, SelectiveScan
 from gridattn.layers.self_guided import SelfGuidedAttention
 from gridattn.layers.ulsam import UltraLightweightSubspaceAttention
@@ -40,9 +41,9 @@ __all__ = [
     "ChannelAttention",
     "ClassSemanticsAttention",
     "CrossAlibiAttention",
+    "CrossWindowAttention",
     "DeformableAttention",
     "DeformableAttention1d",
-    "CrossWindowAttention",
     "DualAttention",
     "EncoderDecoderAttention",
     "EpipolarAttention",
@@ -61,6 +62,7 @@ __all__ = [
     "OrientedPoolingAttention",
     "PolarizedSelfAttention",
     "PolylinePathAttention",
+    "RoutingAttention",
     "ScanWindowAttention",
     "SelectiveScan",
     "SelfGuidedAttention",

@@ -72,7 +72,7 @@ def agent_schedule(step: int, steps: int = 50, ratio: float = 0.4) -> AgentMergi
     return AgentMerging(cell=4 if early else 2, ratio=ratio, agent_ratio=0.95 if early else 0.5)
 
 
-class TokenAttention(nn.Module):
+class DiffusionAttention(nn.Module):
     """Attention as in latent diffusion models, to the tokens themselves or to a context, optionally through agents.
 
     Args:
@@ -162,8 +162,8 @@ class AgentDiffusionBlock(nn.Module):
         super().__init__()
         self.merging = merging
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(dim) for _ in range(3))
-        self.self_attention = TokenAttention(dim, num_heads, head_dim)
-        self.cross_attention = TokenAttention(dim, num_heads, head_dim, context_dim)
+        self.self_attention = DiffusionAttention(dim, num_heads, head_dim)
+        self.cross_attention = DiffusionAttention(dim, num_heads, head_dim, context_dim)
         self.mlp = GatedMlp(dim)
 
     def forward(self, x: Tensor, context: Tensor, generator: torch.Generator | None = None) -> Tensor:

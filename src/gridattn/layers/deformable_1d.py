@@ -83,7 +83,7 @@ class DeformableAttention1d(GridAttention):
             nn.GELU(),
             nn.Conv1d(head_dim, 1, 1, bias=False),
         )
-        hidden = max(dim // 4, 1)
+        self.bias_width = hidden = max(dim // 4, 1)
         self.distance_bias = nn.Sequential(
             nn.Linear(1, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 1)
         )
@@ -151,14 +151,14 @@ class DeformableAttention1d(GridAttention):
     def macs(self, grid: Sequence[int]) -> int:
         (n,) = grid
         m, heads, inner = self.num_keys(n), self.num_heads, self.num_heads * self.head_dim
-        hidden = self.distance_bias[0].out_features
+        hidden = self.bias_width
         projections = (n + 2 * m) * self.dim * self.head_dim + n * inner * self.dim
         offsets = m * inner * (self.kernel_size + 1)
         return projections + offsets + n * m * (2 * inner + heads * hidden * (hidden + 2))
 
     def memory(self, grid: Sequence[int], bytes_per_element: int = 4) -> int:
         (n,) = grid
-        m, hidden = self.num_keys(n), self.distance_bias[0].out_features
+        m, hidden = self.num_keys(n), self.bias_width
         tokens = 2 * n * self.dim + (2 * n + 2 * m) * self.num_heads * self.head_dim
         return bytes_per_element * (tokens + 2 * n * m * self.num_heads * hidden)
 

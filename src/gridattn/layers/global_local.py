@@ -63,9 +63,8 @@ class GlobalLocalAttention(GridAttention):
         scale: float | None = None,
     ) -> None:
         head_dim = check_channels(dim, num_heads)
-        part = share_of(ratio)
         super().__init__(dim, rank=len(grid))
-        self.num_heads, self.part = num_heads, part
+        self.num_heads, self.part = num_heads, share_of(ratio)
         self.scale = head_dim**-0.5 if scale is None else scale
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
@@ -165,13 +164,12 @@ class DualCrossBlock(nn.Module):
         Returns:
             (B, n, C).
         """
-        query, *own = self._project(x) if context is None else (self._queries(x), *self._keys_values(context))
-        other = [] if partner is None else self._keys_values(partner)
-        if other:
-            out = pairwise_attention(query, *own, *other)
+        query, key, value = self._project(x) if context is None else (self._queries(x), *self._keys_values(context))
+        if partner is None:
+            query, key, value = (t.transpose(1, 2) for t in (query, key, value))
+            out = F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
         else:
-            tokens = [t.transpose(1, 2) for t in (query, *own)]
-            out = F.scaled_dot_product_attention(*tokens).transpose(1, 2)
+            out = pairwise_attention(query, key, value, *self._keys_values(partner))
         x = x + self.attn.proj(out.flatten(-2))
         return x + self.mlp(self.norm2(x))
 

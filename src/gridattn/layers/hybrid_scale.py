@@ -58,6 +58,7 @@ class TokenAttention(nn.Module):
         projection_dropout: dropout probability of the output.
 
     Example:
+        >>> import torch
         >>> TokenAttention(32)(torch.randn(2, 7, 9, 32), torch.randn(2, 5, 32)).shape
         torch.Size([2, 7, 9, 32])
     """
@@ -115,6 +116,7 @@ class LepeAttention(GridAttention):
     Source: the last stage of SG-Former, arXiv 2308.12216.
 
     Example:
+        >>> import torch
         >>> LepeAttention(32, num_heads=4)(torch.randn(2, 7, 9, 32)).shape
         torch.Size([2, 7, 9, 32])
     """
@@ -163,6 +165,7 @@ class HybridScaleAttention(GridAttention):
     Source: SG-Former, arXiv 2308.12216.
 
     Example:
+        >>> import torch
         >>> layer = HybridScaleAttention(32, num_heads=4, reduction=4)
         >>> y, significance = layer(torch.randn(2, 14, 10, 32), return_significance=True)
         >>> y.shape, significance.shape
@@ -275,6 +278,7 @@ class GuidedAttention(nn.Module):
     Source: SG-Former, arXiv 2308.12216.
 
     Example:
+        >>> import torch
         >>> GuidedAttention(32, num_heads=4)(torch.randn(2, 14, 9, 32), significance=torch.rand(2, 14, 9)).shape
         torch.Size([2, 14, 9, 32])
     """

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from math import prod
 
+import torch
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -22,6 +23,7 @@ class PartitionAttentionBlock(nn.Module):
         norm_eps: of both normalisations.
         tanh_gelu: the tanh approximation of GELU in the feed-forward, as in the published weights.
         drop_path: probability of dropping a branch for a sample.
+        layer_scale: initial value of one learned factor per channel and branch; None for none.
     """
 
     def __init__(
@@ -31,6 +33,7 @@ class PartitionAttentionBlock(nn.Module):
         norm_eps: float = 1e-5,
         tanh_gelu: bool = True,
         drop_path: float = 0.0,
+        layer_scale: float | None = None,
     ) -> None:
         super().__init__()
         dim = attention.dim
@@ -39,13 +42,17 @@ class PartitionAttentionBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps) if mlp_ratio else None
         self.mlp = Mlp(dim, int(dim * mlp_ratio), tanh_gelu=tanh_gelu) if mlp_ratio else None
         self.drop_path = DropPath(drop_path)
+        self.gamma1 = None if layer_scale is None else nn.Parameter(layer_scale * torch.ones(dim))
+        self.gamma2 = None if layer_scale is None or not mlp_ratio else nn.Parameter(layer_scale * torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, *grid, C) -> (B, *grid, C)."""
-        x = x + self.drop_path(self.attn(self.norm1(x)))
+        attended = self.attn(self.norm1(x))
+        x = x + self.drop_path(attended if self.gamma1 is None else self.gamma1 * attended)
         if self.mlp is None or self.norm2 is None:
             return x
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        mixed = self.mlp(self.norm2(x))
+        return x + self.drop_path(mixed if self.gamma2 is None else self.gamma2 * mixed)
 
     def macs(self, grid: Sequence[int]) -> int:
         """Multiply-accumulates for one sample on `grid`."""

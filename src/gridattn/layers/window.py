@@ -145,14 +145,18 @@ class WindowAttention(GridAttention):
         """What is added to the logits of q (B * windows, heads, q, d); the visible keys where nothing is added."""
         visible = window_mask(grid, window, self.partition, shift, q.device)
         bias = None
-        if self.relative_position_bias is not None:
-            table = crop_relative_bias(self.relative_position_bias, window)
-            bias = expand_relative_bias(table, window).unsqueeze(0).to(q.dtype)
+        table = self.bias_table()
+        if table is not None:
+            bias = expand_relative_bias(crop_relative_bias(table, window), window).unsqueeze(0).to(q.dtype)
         if visible is None:
             return bias
         visible = rearrange(visible, "n q k -> n 1 q k")
         masked = visible if bias is None else bias.masked_fill(~visible, -torch.inf)
         return masked.repeat(q.shape[0] // visible.shape[0], 1, 1, 1)
+
+    def bias_table(self) -> Tensor | None:
+        """Relative position biases (heads, 2 * window_size - 1 per axis); None where there are none."""
+        return self.relative_position_bias
 
     def macs(self, grid: Sequence[int]) -> int:
         window, _ = self._clip(grid)

@@ -1,10 +1,16 @@
 """Backbones: one file a family, with its variants and its checkpoint key map."""
 
+from gridattn.models.attnet import AttNet
 from gridattn.models.checkpoint import load_model, save_model
 from gridattn.models.common import AttentionInput, Backbone, attention_inputs, attention_layers
+from gridattn.models.convit import ConViT
+from gridattn.models.davit import DaViT
 from gridattn.models.features import FeatureMaps
 from gridattn.models.grid_vit import GridViT
+from gridattn.models.maxvit import MaxViT
 from gridattn.models.nat import NAT, DiNATs, IsotropicNAT
+from gridattn.models.polarized_hrnet import PolarizedHRNet, PoseHRNet
+from gridattn.models.polarized_resnet import PolarizedResNet, PoseResNet
 from gridattn.models.registry import ModelInfo, create_model, list_models, model_info, register_variants
 from gridattn.models.state import CheckpointError, load_checkpoint
 from gridattn.models.van import VAN
@@ -12,14 +18,22 @@ from gridattn.models.van import VAN
 __all__ = [
     "NAT",
     "VAN",
+    "AttNet",
     "AttentionInput",
     "Backbone",
     "CheckpointError",
+    "ConViT",
+    "DaViT",
     "DiNATs",
     "FeatureMaps",
     "GridViT",
     "IsotropicNAT",
+    "MaxViT",
     "ModelInfo",
+    "PolarizedHRNet",
+    "PolarizedResNet",
+    "PoseHRNet",
+    "PoseResNet",
     "attention_inputs",
     "attention_layers",
     "create_model",

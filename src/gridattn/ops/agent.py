@@ -17,6 +17,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from gridattn.ops.common import check_choice
+
+BACKENDS = ("auto", "fused", "products")
+_FEW = 16
 _POOLS = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
 _MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
@@ -32,45 +36,61 @@ def agent_attention(
     scale: float | None = None,
     broadcast_scale: float | None = None,
     dropout_p: float = 0.0,
+    backend: str = "auto",
 ) -> Tensor:
     """softmax(s2 Q A^T + B2) softmax(s A K^T + B1) V, at a cost of 2 n (N + M) d per head.
 
     Args:
         query: (B, *grid, heads, d), N positions.
         key: (B, *key_grid, heads, d), M positions.
-        value: (B, *key_grid, heads, d).
+        value: (B, *key_grid, heads, d); its width may differ.
         agents: (B, *agent_grid, heads, d), n of them in row-major order.
         aggregate_bias: B1, broadcastable to (B, heads, n, M).
         broadcast_bias: B2, broadcastable to (B, heads, N, n).
         scale: s; d ** -0.5 when None.
         broadcast_scale: s2, the factor of the second product; s when None.
         dropout_p: dropout probability of the aggregating weights.
+        backend: "fused" makes two calls of `scaled_dot_product_attention`. "products" writes the weights out, agents
+            before positions in both, so that rows are long: faster on a CPU while agents are few. "auto" takes
+            products on a CPU for up to 16 agents.
 
     Returns:
-        (B, *grid, heads, d).
+        (B, *grid, heads, width of value).
 
     Raises:
-        ValueError: tensors whose heads or head widths differ.
+        ValueError: tensors whose heads or head widths differ, an unknown backend.
 
     Example:
         >>> x = torch.randn(1, 9, 7, 4, 8)
         >>> agent_attention(x, x, x, pool_agents(x, (3, 3))).shape
         torch.Size([1, 9, 7, 4, 8])
     """
+    check_choice("backend", backend, BACKENDS)
     _check_heads(query, key, value, agents)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    s1 = query.shape[-1] ** -0.5 if scale is None else scale
+    s2 = s1 if broadcast_scale is None else broadcast_scale
+    b1, b2 = (_like(bias, query) for bias in (aggregate_bias, broadcast_bias))
     q, k, v, a = (t.flatten(1, -3).transpose(1, 2) for t in (query, key, value, agents))
-    gathered = F.scaled_dot_product_attention(
-        a, k, v, attn_mask=_like(aggregate_bias, q), dropout_p=dropout_p, scale=scale
-    )
-    out = F.scaled_dot_product_attention(
-        q,
-        a,
-        gathered,
-        attn_mask=_like(broadcast_bias, q),
-        scale=scale if broadcast_scale is None else broadcast_scale,
-    )
-    return out.transpose(1, 2).reshape(query.shape)
+    few = query.device.type == "cpu" and a.shape[2] <= _FEW
+    attend = _by_products if backend == "products" or (backend == "auto" and few) else _fused
+    out = attend(q, k, v, a, b1, b2, s1, s2, dropout_p)
+    return out.transpose(1, 2).reshape(*query.shape[:-1], value.shape[-1])
+
+
+def _fused(
+    q: Tensor, k: Tensor, v: Tensor, a: Tensor, b1: Tensor | None, b2: Tensor | None, s1: float, s2: float, p: float
+) -> Tensor:
+    gathered = F.scaled_dot_product_attention(a, k, v, attn_mask=b1, dropout_p=p, scale=s1)
+    return F.scaled_dot_product_attention(q, a, gathered, attn_mask=b2, scale=s2)
+
+
+def _by_products(
+    q: Tensor, k: Tensor, v: Tensor, a: Tensor, b1: Tensor | None, b2: Tensor | None, s1: float, s2: float, p: float
+) -> Tensor:
+    aggregate, broadcast = s1 * a @ k.mT, s2 * a @ q.mT
+    aggregate = (aggregate if b1 is None else aggregate + b1).softmax(-1)
+    broadcast = (broadcast if b2 is None else broadcast + b2.mT).softmax(-2)
+    return broadcast.mT @ (F.dropout(aggregate, p) @ v)
 
 
 def agent_attention_reference(
@@ -90,7 +110,7 @@ def agent_attention_reference(
     phi_k = (factor * a @ k.mT + (0.0 if aggregate_bias is None else aggregate_bias)).softmax(-1)
     phi_q = (factor if broadcast_scale is None else broadcast_scale) * q @ a.mT
     phi_q = (phi_q + (0.0 if broadcast_bias is None else broadcast_bias)).softmax(-1)
-    return (phi_q @ (phi_k @ v)).transpose(1, 2).reshape(query.shape)
+    return (phi_q @ (phi_k @ v)).transpose(1, 2).reshape(*query.shape[:-1], value.shape[-1])
 
 
 def pool_agents(query: Tensor, size: Sequence[int]) -> Tensor:
@@ -170,7 +190,10 @@ def _stretch(table: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def _like(bias: Tensor | None, query: Tensor) -> Tensor | None:
-    return None if bias is None else bias.to(query.dtype)
+    if bias is None:
+        return None
+    # Fused kernels take a mask of two or four axes; one without a batch is broadcast, not repeated.
+    return (bias if bias.ndim == 4 else bias.unsqueeze(0)).to(query.dtype)
 
 
 def _check_heads(query: Tensor, key: Tensor, value: Tensor, agents: Tensor) -> None:

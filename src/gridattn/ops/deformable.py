@@ -138,7 +138,7 @@ def _by_gather(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor
     head = torch.arange(heads, device=value.device).view(-1, 1)
     row = (sample + index) * heads + head
     out = F.embedding_bag(row.flatten(0, 2), value.flatten(0, 2), mode="sum", per_sample_weights=share.flatten(0, 2))
-    return out.view(*index.shape[:3], -1)
+    return out.view(*index.shape[:3], value.shape[-1])
 
 
 def _corners(shapes: Shapes, locations: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:

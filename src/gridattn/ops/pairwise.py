@@ -29,5 +29,5 @@ def pairwise_attention(
         torch.Size([2, 5, 4, 8])
     """
     keys, values = torch.cat([key, partner_key], dim=1), torch.cat([value, partner_value], dim=1)
-    tokens = [t.transpose(1, 2) for t in (query, keys, values)]
-    return F.scaled_dot_product_attention(*tokens, scale=scale).transpose(1, 2)
+    query, keys, values = (t.transpose(1, 2) for t in (query, keys, values))
+    return F.scaled_dot_product_attention(query, keys, values, scale=scale).transpose(1, 2)

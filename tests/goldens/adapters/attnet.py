@@ -1,10 +1,11 @@
-"""Attentive convolution and the block of AttNet."""
+"""Attentive convolution, the block of AttNet, and the network."""
 
 import torch
 from case import GoldenCase, Result
 from torch import nn
 
 from gridattn.layers.attentive_conv import AttentiveConv, AttentiveConvBlock, convert_official
+from gridattn.models import AttNet
 
 
 def _run(module: nn.Module, case: GoldenCase) -> Result:
@@ -33,5 +34,24 @@ def block(case: GoldenCase) -> Result:
     return _run(module, case)
 
 
-ADAPTERS = {"ATConv": attentive_conv, "Block": block}
-PENDING = {"AttNet": "the classifier is a whole model", "SiT": "the diffusion transformer is a whole model"}
+def network(case: GoldenCase) -> Result:
+    config = case.config
+    model = AttNet(
+        config["dims"],
+        depths=config["depths"],
+        mlp_ratios=config["exp_rates"],
+        kernel_sizes=config["kernel_sizes"],
+        feed_forward_conv=config["glu_dconv"],
+        feed_forward_norm=config["glu_norm"],
+        layer_scale=1e-6 if config["use_layer_scale"] else None,
+        num_classes=config["num_classes"],
+    )
+    model.load_official(case.state)
+    x = case.leaf("x")
+    y = model.eval()(x)
+    (grad,) = torch.autograd.grad((y * case.inputs["cotangent"]).sum(), x)
+    return {"out.y": y, "grad.x": grad}
+
+
+ADAPTERS = {"ATConv": attentive_conv, "Block": block, "AttNet": network}
+PENDING = {"SiT": "the diffusion transformer is a whole system"}

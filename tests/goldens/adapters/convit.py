@@ -1,13 +1,12 @@
-"""ConViT: gated positional attention, dense attention and the locality initialisation."""
+"""ConViT: gated positional attention, dense attention, the locality initialisation and the whole network."""
 
 import torch
 from case import GoldenCase
 
 from gridattn.layers.gated_positional import GatedPositionalAttention, attention_distances, mean_attention
 from gridattn.layers.global_attention import GlobalAttention
+from gridattn.models import create_model
 from gridattn.ops.gated_positional import positional_weights, relative_coordinates
-
-PENDING = {"VisionTransformer": "a whole model"}
 
 
 def run(layer: GatedPositionalAttention | GlobalAttention, case: GoldenCase) -> dict[str, torch.Tensor]:
@@ -52,4 +51,13 @@ def local_init(case: GoldenCase) -> dict[str, torch.Tensor]:
     return result
 
 
-ADAPTERS = {"GPSA": gated, "MHSA": dense, "GPSA.local_init": local_init}
+def classifier(case: GoldenCase) -> dict[str, torch.Tensor]:
+    model = create_model("convit_tiny", **case.config)
+    model.load_official(case.state)
+    x = case.leaf("x")
+    y = model.eval()(x)
+    (grad,) = torch.autograd.grad(y, x, case.inputs["cotangent"])
+    return {"out.y": y, "grad.x": grad}
+
+
+ADAPTERS = {"GPSA": gated, "MHSA": dense, "GPSA.local_init": local_init, "VisionTransformer": classifier}

@@ -1,15 +1,13 @@
-"""DaViT: the spatial and the channel block."""
+"""DaViT: the spatial and the channel block, and the whole networks."""
 
 import torch
 from case import GoldenCase
 
 from gridattn.layers.channel import ChannelAttention
 from gridattn.layers.dual import DualAttentionBlock, PaddedWindowAttention
+from gridattn.models import create_model
 
 PENDING = {
-    "DaVit": "a whole model",
-    "DaViT": "a whole model",
-    "DaViT(dense backbone)": "a whole model",
     "FCNHead": "a segmentation head",
     "UPerHead": "a segmentation head",
 }
@@ -46,4 +44,32 @@ def channel(case: GoldenCase) -> dict[str, torch.Tensor]:
     return run(DualAttentionBlock(attention, config.get("mlp_ratio", 4.0)), case)
 
 
-ADAPTERS = {"SpatialBlock": spatial, "ChannelBlock": channel}
+def classifier(case: GoldenCase) -> dict[str, torch.Tensor]:
+    model = create_model("davit_tiny", **_options(case))
+    model.load_official(case.state)
+    x = case.leaf("x")
+    y = model.eval()(x)
+    (grad,) = torch.autograd.grad(y, x, case.inputs["cotangent"])
+    return {"out.y": y, "grad.x": grad}
+
+
+def dense(case: GoldenCase) -> dict[str, torch.Tensor]:
+    model = create_model("davit_tiny", features_only=True, **_options(case))
+    model.load_official(case.state)
+    x = case.leaf("x")
+    maps = model.eval()(x)
+    (grad,) = torch.autograd.grad(maps, x, [case.inputs[f"cotangent.y{i}"] for i in range(len(maps))])
+    return {"grad.x": grad} | {f"out.y{i}": y for i, y in enumerate(maps)}
+
+
+def _options(case: GoldenCase) -> dict:
+    return {key: value for key, value in case.config.items() if key != "named_blocks"}
+
+
+ADAPTERS = {
+    "SpatialBlock": spatial,
+    "ChannelBlock": channel,
+    "DaVit": classifier,
+    "DaViT": classifier,
+    "DaViT(dense backbone)": dense,
+}

@@ -9,32 +9,32 @@ from gridattn.layers.global_local import DualCrossBlock, select_tokens
 from gridattn.ops.rollout import attention_rollout
 
 
-class _Tiny(nn.Module):
+class _Backbone(nn.Module):
     def __init__(self, c: dict) -> None:
         super().__init__()
         dim, patch = c["embed_dim"], c["patch_size"]
-
-        def block() -> DualCrossBlock:
-            return DualCrossBlock(dim, c["num_heads"], c["mlp_ratio"])
-
         positions = c["img_size"][0] // patch * (c["img_size"][1] // patch) + 1
-        self.ratio = c["R"]
-        self.backbone = nn.Module()
-        self.backbone.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.backbone.pos_embed = nn.Parameter(torch.zeros(1, positions, dim))
-        self.backbone.patch_embed = nn.Module()
-        self.backbone.patch_embed.proj = nn.Conv2d(3, dim, patch, patch)
-        self.backbone.blocks = nn.ModuleList(block() for _ in range(c["depth"]))
-        self.backbone.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.glca = nn.ModuleList(block() for _ in range(c["M"]))
-        self.glca_norm = nn.LayerNorm(dim, eps=1e-6)
-        self.head, self.glca_head = nn.Linear(dim, c["num_classes"]), nn.Linear(dim, c["num_classes"])
-        self.loss_w = nn.Parameter(torch.zeros(3))
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, positions, dim))
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, dim, patch, patch)})
+        self.blocks = nn.ModuleList(DualCrossBlock(dim, c["num_heads"], c["mlp_ratio"]) for _ in range(c["depth"]))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
 
     def embed(self, image: Tensor) -> Tensor:
-        patches = self.backbone.patch_embed.proj(image).flatten(2).transpose(1, 2)
-        tokens = torch.cat([self.backbone.cls_token.expand(len(image), -1, -1), patches], dim=1)
-        return tokens + self.backbone.pos_embed
+        patches = self.patch_embed["proj"](image).flatten(2).transpose(1, 2)
+        tokens = torch.cat([self.cls_token.expand(len(image), -1, -1), patches], dim=1)
+        return tokens + self.pos_embed
+
+
+class _Tiny(nn.Module):
+    def __init__(self, c: dict) -> None:
+        super().__init__()
+        dim, classes = c["embed_dim"], c["num_classes"]
+        self.backbone = _Backbone(c)
+        self.glca = nn.ModuleList(DualCrossBlock(dim, c["num_heads"], c["mlp_ratio"]) for _ in range(c["M"]))
+        self.glca_norm = nn.LayerNorm(dim, eps=1e-6)
+        self.head, self.glca_head = nn.Linear(dim, classes), nn.Linear(dim, classes)
+        self.loss_w = nn.Parameter(torch.zeros(3))
 
 
 def _branches(case: GoldenCase) -> Result:
@@ -44,13 +44,14 @@ def _branches(case: GoldenCase) -> Result:
     model = _Tiny(c).eval()
     model.load_state_dict(case.state)
     image, perm = case.leaf("image"), case.inputs["perm"]
-    streams, blocks = [model.embed(image)], model.backbone.blocks
+    streams = [model.backbone.embed(image)]
+    blocks = [block for block in model.backbone.blocks if isinstance(block, DualCrossBlock)]
     for block in blocks:
         streams.append(block(streams[-1]))
 
     start = len(blocks) - c["M"]
     attentions = [block.attention(tokens) for block, tokens in zip(blocks[:start], streams)]
-    local, index = select_tokens(streams[start], attentions, model.ratio)
+    local, index = select_tokens(streams[start], attentions, c["R"])
     for block, tokens in zip(model.glca, streams[start:]):
         local = block(local, context=tokens)
 

@@ -1,4 +1,4 @@
-"""Polarized self-attention: the official layers and those that follow the paper."""
+"""Polarized self-attention: the official layers, those that follow the paper, and the networks for pose."""
 
 from functools import partial
 
@@ -6,6 +6,7 @@ import torch
 from case import GoldenCase, Result
 
 from gridattn.layers.polarized import PolarizedSelfAttention, convert_official
+from gridattn.models import Backbone, PoseHRNet, PoseResNet
 
 
 def layer(case: GoldenCase, *, layout: str, variant: str, channels: str) -> Result:
@@ -17,15 +18,51 @@ def layer(case: GoldenCase, *, layout: str, variant: str, channels: str) -> Resu
     return {"out.y": y, "grad.x": grad}
 
 
+def _pose(model: Backbone, case: GoldenCase) -> Result:
+    model.load_official(case.state)
+    x = case.leaf("x")
+    heatmaps = model.eval()(x)
+    (grad,) = torch.autograd.grad((heatmaps * case.inputs["cotangent"]).sum(), x)
+    return {"out.heatmaps": heatmaps, "grad.x": grad}
+
+
+def pose_hrnet(case: GoldenCase) -> Result:
+    config = case.config
+    model = PoseHRNet(
+        config["width"],
+        depths=(config["layer1_blocks"], *config["modules"]),
+        blocks=config["blocks"],
+        layout=LAYOUT[config["layout"]],
+        bottleneck_attention="Bottleneck" in config["psa_in"],
+        num_classes=config["num_joints"],
+    )
+    return _pose(model, case)
+
+
+def pose_resnet(case: GoldenCase) -> Result:
+    config = case.config
+    model = PoseResNet(
+        config["blocks"],
+        config["bottleneck_planes"],
+        config["stem"],
+        layout=LAYOUT[config["layout"]],
+        deconv_dims=config["deconv_filters"],
+        deconv_kernels=config["deconv_kernels"],
+        num_classes=config["num_joints"],
+    )
+    return _pose(model, case)
+
+
+LAYOUT = {"p": "parallel", "s": "sequential", None: None}
 ADAPTERS = {
+    "PoseHighResolutionNet+PSA": pose_hrnet,
+    "PoseResNet+PSA": pose_resnet,
     "PSA_p": partial(layer, layout="parallel", variant="official", channels="planes"),
     "PSA_s": partial(layer, layout="sequential", variant="official", channels="planes"),
     "ParallelPolarizedSelfAttention": partial(layer, layout="parallel", variant="paper", channels="channel"),
     "SequentialPolarizedSelfAttention": partial(layer, layout="sequential", variant="paper", channels="channel"),
 }
 PENDING = {
-    "PoseHighResolutionNet+PSA": "the pose network is a whole model",
-    "PoseResNet+PSA": "the pose network is a whole model",
     "MscaleOCR": "the segmentation network is a whole system",
     "RMILoss": "the loss belongs to the segmentation system",
     "codec": "heatmap coding belongs to the pose system",

@@ -5,6 +5,9 @@ across lanes. Every loop multiplies such an array with rows of keys, values or q
 other one number spread over the lanes, and a block of sums stays in registers.
 """
 
+from functools import reduce
+from typing import Any
+
 import llvmlite.binding as llvm
 import numpy as np
 from llvmlite import ir
@@ -111,11 +114,8 @@ def outer_add(v, weights, lane_from, lane_to, rows, count, b, pitch, out, out_st
                         builder.add(builder.add(out_start, column), builder.mul(v.element(rows, key), pitch))
                         for key in keys
                     ]
-                    lane_start = lane_stop = None
-                    for key in keys:
-                        lo, hi = v.element(lane_from, key), v.element(lane_to, key)
-                        lane_start = lo if lane_start is None else _pick(builder, "<", lane_start, lo)
-                        lane_stop = hi if lane_stop is None else _pick(builder, ">", lane_stop, hi)
+                    lane_start = _pick(builder, "<", [v.element(lane_from, key) for key in keys])
+                    lane_stop = _pick(builder, ">", [v.element(lane_to, key) for key in keys])
                     for r in range(key_block):
                         for c in range(block):
                             sums[r * block + c] = v.load(out, builder.add(targets[r], int64(c * LANES)))
@@ -133,8 +133,9 @@ def outer_add(v, weights, lane_from, lane_to, rows, count, b, pitch, out, out_st
         first_column = last_column
 
 
-def _pick(builder: ir.IRBuilder, comparison: str, a: ir.Value, b: ir.Value) -> ir.Value:
-    return builder.select(builder.icmp_signed(comparison, a, b), a, b)
+def _pick(builder: Any, comparison: str, values: list[ir.Value]) -> ir.Value:
+    """The smallest ("<") or the largest (">") of some integers."""
+    return reduce(lambda a, b: builder.select(builder.icmp_signed(comparison, a, b), a, b), values)
 
 
 @vector_loop

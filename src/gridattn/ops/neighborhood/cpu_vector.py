@@ -7,15 +7,16 @@ the speed independent of how well a compiler recognises loops.
 import inspect
 from typing import Any
 
+import numba.extending
 import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
 from numpy.polynomial import Chebyshev, Polynomial
 
 from gridattn.ops.neighborhood.cpu_tiles import LANES
 
+intrinsic: Any = numba.extending.intrinsic  # callers see another signature than the decorated function has
 _CACHE_LINE = 64
 _INT64 = ir.IntType(64)
 # Degree of the polynomial for 2^x on [-1/2, 1/2] and the format of numbers: bits, mantissa bits, exponent bias.
@@ -47,7 +48,7 @@ class Vectors:
     def store(self, vector: ir.Value, array: ir.Value, index: ir.Value) -> None:
         self.builder.store(vector, self._vector_pointer(array, index), align=self.dtype.bitwidth // 8)
 
-    def load_stored(self, array: ir.Value, index: ir.Value) -> ir.Value:
+    def load_stored(self, array: Any, index: ir.Value) -> ir.Value:
         """Loads from a row that is stored as float or as bfloat16."""
         if array.type.pointee == self.scalar:
             return self.load(array, index)
@@ -56,7 +57,7 @@ class Vectors:
         bits = self.builder.zext(self.builder.load(pointer, align=2), self._integers(32))
         return self.builder.bitcast(self.builder.shl(bits, self._integers(32, 16)), self.type)
 
-    def store_rounded(self, vector: ir.Value, array: ir.Value, index: ir.Value) -> None:
+    def store_rounded(self, vector: ir.Value, array: Any, index: ir.Value) -> None:
         """Stores to a row of floats or of bfloat16, to the nearest one and in a tie to the even one."""
         if array.type.pointee == self.scalar:
             self.store(vector, array, index)

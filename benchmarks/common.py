@@ -1,0 +1,97 @@
+"""What all benchmarks share: timing several candidates in one run, the rate of matrix products, tables and JSON.
+
+Machines are noisy and differ, so candidates are called in turns, medians are compared, and what is reported is ratios.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+PRODUCT_SIZE = 1024
+
+
+def time_in_turns(
+    candidates: dict[str, Callable[[], Any]], *, rounds: int = 9, seconds: float = 20.0, device: str = "cpu"
+) -> dict[str, float]:
+    """Calls all candidates once per round and returns the median seconds of each, after one call that does not count.
+
+    A candidate that has used up its `seconds` rests for the remaining rounds; every candidate is timed at least twice.
+    """
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+
+    def call(name: str) -> float:
+        wait_for(device)
+        start = perf_counter()
+        candidates[name]()
+        wait_for(device)
+        return perf_counter() - start
+
+    for name in candidates:
+        call(name)
+    for _ in range(rounds):
+        for name, taken in times.items():
+            if len(taken) < 2 or sum(taken) < seconds:
+                taken.append(call(name))
+    return {name: median(taken) for name, taken in times.items()}
+
+
+def wait_for(device: str) -> None:
+    """Waits until a device has done what was asked of it."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    elif device == "mps":
+        torch.mps.synchronize()
+
+
+def matrix_product(dtype: torch.dtype, device: str) -> tuple[Callable[[], Tensor], int]:
+    """A product of two square matrices, to be timed beside the candidates, and its floating point operations."""
+    a, b = torch.randn(2, PRODUCT_SIZE, PRODUCT_SIZE, dtype=dtype, device=device)
+    return lambda: a @ b, 2 * PRODUCT_SIZE**3
+
+
+def peak_memory(code: str) -> float:
+    """Peak resident memory in GiB of a fresh Python process that runs `code`."""
+    report = "import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    done = subprocess.run([sys.executable, "-c", f"{code}\n{report}"], check=True, capture_output=True, text=True)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return int(done.stdout.split()[-1]) * unit / 2**30
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What a reader of a result has to know about where it comes from."""
+    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
+    return {
+        "device": name,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Prints a table; numbers are rounded to three digits."""
+    table = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right")
+    for row in rows:
+        table.add_row(*(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row))
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    """Writes a result where the caller wants it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=2) + "\n")

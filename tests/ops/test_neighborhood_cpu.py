@@ -1,0 +1,260 @@
+"""The CPU kernels: same results as the definition however the problem is cut, stored and threaded."""
+
+import multiprocessing
+import threading
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from gridattn.ops.neighborhood import cpu, cpu_tiles, reference
+from gridattn.ops.neighborhood.plan import Plan, make_plan
+
+
+def draw_tensors(plan: Plan, heads: int = 2, key_heads: int = 2, depth: int = 8, value_depth: int = 8, **kind) -> dict:
+    shapes = {"query": (heads, depth), "key": (key_heads, depth), "value": (key_heads, value_depth)}
+    return {name: torch.randn(2, *plan.grid, *shape, **kind).requires_grad_() for name, shape in shapes.items()}
+
+
+def draw_bias(plan: Plan, heads: int = 2) -> Tensor:
+    return torch.randn(heads, *(2 * k - 1 for k in plan.kernel_size)).requires_grad_()
+
+
+def results(attend, plan: Plan, tensors: dict[str, Tensor], **options) -> dict[str, Tensor]:
+    """Output, log-sum-exp and the gradients of a function of both."""
+    bias = options.get("bias")
+    leaves = [*tensors.values(), *([] if bias is None else [bias])]
+    out, lse = attend(*tensors.values(), plan, 0.3, **options)
+    loss = (out.float() * torch.linspace(-1, 1, out.numel()).view_as(out)).sum()
+    loss = loss + lse[lse.isfinite()].cos().sum()
+    gradients = torch.autograd.grad(loss, leaves)
+    return {"out": out, "lse": lse, **{f"grad {i}": gradient for i, gradient in enumerate(gradients)}}
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> Plan:
+    """Problems of several tiles, whose windows may be wider or narrower than a tile."""
+    rank = draw(st.integers(1, 3))
+    grid = [draw(st.integers(2, {1: 90, 2: 24, 3: 9}[rank])) for _ in range(rank)]
+    kernel = [draw(st.integers(2, min(size, 9))) for size in grid]
+    stride = [draw(st.integers(1, k)) for k in kernel]
+    dilation = [draw(st.integers(1, size // k)) for size, k in zip(grid, kernel)]
+    return make_plan(grid, kernel, stride, dilation, [draw(st.booleans()) for _ in range(rank)])
+
+
+@settings(deadline=None, max_examples=40)
+@given(plan=plans(), has_bias=st.booleans(), has_mask=st.booleans(), one_block=st.booleans(), depths=st.data())
+def test_agrees_with_the_definition_however_the_grid_is_cut(plan, has_bias, has_mask, one_block, depths) -> None:
+    depth, value_depth = depths.draw(st.sampled_from([(8, 8), (5, 37), (33, 16)]))
+    heads, key_heads = depths.draw(st.sampled_from([(2, 2), (4, 2), (2, 1)]))
+    tensors = draw_tensors(plan, heads, key_heads, depth, value_depth)
+    options = {
+        "bias": draw_bias(plan, heads) if has_bias else None,
+        "key_mask": torch.rand(2, *plan.grid) > 0.4 if has_mask else None,
+    }
+    cpu_tiles.make_tiling.cache_clear()
+    with mock.patch.object(cpu_tiles, "BLOCK_BYTES", 2**30 if one_block else 2**14):
+        got = results(cpu.attend, plan, tensors, **options)
+    cpu_tiles.make_tiling.cache_clear()
+    for name, expected in results(reference.attend, plan, tensors, **options).items():
+        torch.testing.assert_close(got[name], expected, rtol=2e-4, atol=5e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def positions(table: np.ndarray, axis: int, plan: Plan, columns: tuple[int, int]) -> set[int]:
+    first, count = (int(table[i]) for i in columns)
+    return set(range(first, first + count * plan.dilation[axis - 3 + plan.rank], plan.dilation[axis - 3 + plan.rank]))
+
+
+@settings(deadline=None, max_examples=60)
+@given(plan=plans(), min_blocks=st.integers(1, 40))
+def test_tiles_cover_each_query_once_and_blocks_of_one_phase_share_no_key(plan: Plan, min_blocks: int) -> None:
+    with mock.patch.object(cpu_tiles, "MIN_ITEMS", min_blocks):
+        tiling = cpu_tiles.make_tiling.__wrapped__(plan, 64, 1)
+    assert np.prod(tiling.shape) <= cpu_tiles.LANES
+    for axis in range(3 - plan.rank, 3):
+        queries, tiles = [], {tuple(b) for b in tiling.items[:, axis : axis + 1]}
+        for (block,) in tiles:
+            first_run, last_run, *_ = tiling.blocks[axis, block]
+            for first_tile, last_tile, _ in tiling.runs[axis, first_run:last_run]:
+                for tile in tiling.tiles[axis, first_tile:last_tile]:
+                    queries += positions(tile, axis, plan, (0, 1))
+        assert sorted(queries) == list(range(plan.grid[axis - 3 + plan.rank]))
+    for phase in tiling.phases:
+        seen: set[tuple] = set()
+        for block in phase:
+            keys = [positions(tiling.blocks[axis, block[axis]], axis, plan, (2, 3)) for axis in range(3 - plan.rank, 3)]
+            corner_free = {tuple(key) for key in np.array(np.meshgrid(*map(list, keys))).reshape(plan.rank, -1).T}
+            assert not seen & corner_free
+            seen |= corner_free
+
+
+def test_results_are_the_same_bits_in_every_run_and_for_every_number_of_threads() -> None:
+    plan = make_plan((40, 36), 7)
+    tensors, bias = draw_tensors(plan, depth=32, value_depth=32), draw_bias(plan)
+    threads = torch.get_num_threads()
+    try:
+        runs = []
+        for count in (1, 1, 3, 3):
+            torch.set_num_threads(count)
+            runs.append(results(cpu.attend, plan, tensors, bias=bias))
+    finally:
+        torch.set_num_threads(threads)
+    for other in runs[1:]:
+        assert all(torch.equal(other[name], tensor) for name, tensor in runs[0].items())
+
+
+def test_slices_of_one_projection_are_read_in_place() -> None:
+    plan = make_plan((11, 13), 5)
+    qkv = torch.randn(2, 11, 13, 3, 2, 8)
+    slices = qkv.unbind(dim=-3)
+    assert all(cpu._stored(part) is part and np.shares_memory(cpu._flat(part), qkv.numpy()) for part in slices)
+    got = cpu.attend(*slices, plan, 0.3)
+    expected = cpu.attend(*(part.contiguous() for part in slices), plan, 0.3)
+    assert torch.equal(got[0], expected[0])
+    flipped = [part.flip(-1).transpose(-1, -2).contiguous().transpose(-1, -2) for part in slices]
+    expected = reference.attend(*flipped, plan, 0.3)
+    torch.testing.assert_close(cpu.attend(*flipped, plan, 0.3)[0], expected[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_only_rounds_the_result(dtype: torch.dtype) -> None:
+    plan = make_plan((12, 15), 5)
+    half = draw_tensors(plan, depth=24, dtype=dtype)
+    single = {name: tensor.detach().float().requires_grad_() for name, tensor in half.items()}
+    out, lse = cpu.attend(*half.values(), plan, 0.3)
+    exact, exact_lse = cpu.attend(*single.values(), plan, 0.3)
+    assert torch.equal(out, exact.to(dtype))
+    assert torch.equal(lse, exact_lse)
+    gradients = torch.autograd.grad(out.sum(), half.values())
+    for gradient, expected in zip(gradients, torch.autograd.grad(exact.sum(), single.values())):
+        assert gradient.dtype == dtype
+        torch.testing.assert_close(gradient.float(), expected, rtol=2e-2, atol=2e-2)
+
+
+def test_whatever_masked_keys_hold_does_not_matter() -> None:
+    plan = make_plan((9, 9), 3)
+    tensors = draw_tensors(plan)
+    key_mask = torch.rand(2, 9, 9) > 0.5
+    clean = results(cpu.attend, plan, tensors, key_mask=key_mask)
+    for name in ("key", "value"):
+        tensors[name].data[~key_mask] = torch.nan
+    dirty = results(cpu.attend, plan, tensors, key_mask=key_mask)
+    assert all(torch.equal(dirty[name], tensor) for name, tensor in clean.items())
+
+
+def test_a_query_without_keys_gets_zero_and_passes_no_gradient() -> None:
+    plan = make_plan((8,), 2)
+    tensors = draw_tensors(plan)
+    key_mask = torch.ones(2, 8, dtype=torch.bool)
+    key_mask[:, :3] = False
+    got = results(cpu.attend, plan, tensors, key_mask=key_mask)
+    assert torch.equal(got["out"][:, :2], torch.zeros(2, 2, 2, 8))
+    assert torch.equal(got["lse"][:, :2], torch.full((2, 2, 2), -torch.inf))
+    assert torch.equal(got["grad 0"][:, :2], torch.zeros(2, 2, 2, 8))
+    assert all(gradient.isfinite().all() for name, gradient in got.items() if name.startswith("grad"))
+
+
+def test_a_nan_in_a_visible_key_reaches_its_queries() -> None:
+    plan = make_plan((40,), 3)
+    tensors = draw_tensors(plan)
+    tensors["key"].data[:, 20] = torch.nan
+    assert cpu.attend(*tensors.values(), plan, 0.3)[0][:, 19:22].isnan().all()
+
+
+def test_an_empty_batch_gives_empty_results() -> None:
+    plan = make_plan((6, 6), 3)
+    tensors = {name: tensor.detach()[:0].requires_grad_() for name, tensor in draw_tensors(plan).items()}
+    got = results(cpu.attend, plan, tensors)
+    assert got["out"].shape == (0, 6, 6, 2, 8)
+    assert got["grad 1"].shape == (0, 6, 6, 2, 8)
+
+
+def test_many_threads_may_call_at_once() -> None:
+    plan = make_plan((24, 24), 7)
+    tensors = draw_tensors(plan, depth=32, value_depth=32)
+    expected, found = results(cpu.attend, plan, tensors), []
+    threads = [threading.Thread(target=lambda: found.append(results(cpu.attend, plan, tensors))) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 6
+    assert all(torch.equal(got[name], tensor) for got in found for name, tensor in expected.items())
+
+
+def _attend_in_child(queue: multiprocessing.Queue, tensors: list[Tensor]) -> None:
+    torch.set_num_threads(2)
+    queue.put(cpu.attend(*tensors, make_plan((24, 24), 7), 0.3)[0].numpy())
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_process_attends_on_threads_of_its_own() -> None:
+    plan = make_plan((24, 24), 7)
+    tensors = [tensor.detach() for tensor in draw_tensors(plan, depth=32, value_depth=32).values()]
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        expected = cpu.attend(*tensors, plan, 0.3)[0]
+    finally:
+        torch.set_num_threads(threads)
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_attend_in_child, args=(queue, tensors))
+    child.start()
+    try:
+        assert np.array_equal(queue.get(timeout=60), expected.numpy())
+        child.join(timeout=60)
+        assert child.exitcode == 0
+    finally:
+        child.kill()
+
+
+def test_compiles_into_one_graph_with_gradients() -> None:
+    plan = make_plan((9, 10), 3, dilation=(1, 3))
+    tensors, bias = draw_tensors(plan), draw_bias(plan)
+
+    def step(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+        out, lse = cpu.attend(2 * query, key, value, plan, 0.3, bias)
+        return out.sin().sum() + lse.cos().sum()
+
+    expected = torch.autograd.grad(step(*tensors.values(), bias), [*tensors.values(), bias])
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    got = torch.autograd.grad(compiled(*tensors.values(), bias), [*tensors.values(), bias])
+    torch.testing.assert_close(got, expected)
+
+
+def test_is_a_well_formed_operator() -> None:
+    plan = make_plan((5, 6), 3)
+    tensors, bias = draw_tensors(plan, heads=4), draw_bias(plan, heads=4)
+    geometry = ([3, 3], [1, 1], [1, 1], [False, True])
+    key_mask = torch.ones(2, 5, 6, dtype=torch.bool)
+    torch.library.opcheck(
+        torch.ops.gridattn.neighborhood_cpu.default, (*tensors.values(), bias, key_mask, *geometry, 0.3)
+    )
+    torch.library.opcheck(torch.ops.gridattn.neighborhood_cpu.default, (*tensors.values(), None, None, *geometry, 0.3))
+
+
+def test_counts_the_operations_of_visible_pairs_only() -> None:
+    plan = make_plan((9, 10), (3, 5), is_causal=(True, False))
+    tensors = draw_tensors(plan, heads=4, depth=8, value_depth=12)
+    with FlopCounterMode(display=False) as counter:
+        out, _ = cpu.attend(*tensors.values(), plan, 0.3)
+    pairs = 2 * 4 * plan.num_visible
+    assert counter.get_total_flops() == 2 * pairs * (8 + 12)
+    with FlopCounterMode(display=False) as counter:
+        out.sum().backward()
+    assert counter.get_total_flops() == 2 * pairs * (3 * 8 + 2 * 12)
+
+
+def test_says_which_problems_it_does_not_take() -> None:
+    plan = make_plan((4,), 2)
+    here = torch.zeros(1, 4, 1, 4)
+    assert cpu.supports(here, here, here, plan) is None
+    assert "int32" in str(cpu.supports(*[here.int()] * 3, plan))
+    assert "meta" in str(cpu.supports(*[here.to("meta")] * 3, plan))
