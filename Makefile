@@ -52,7 +52,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/neighborhood.py --json runs/bench/neighborhood.json
 
 docs: $(VENV)/.dev
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 build: $(VENV)/.dev
 	$(BIN)/python -m build

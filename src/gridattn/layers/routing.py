@@ -124,7 +124,9 @@ class RoutingAttention(GridAttention):
             self.relative_positions = nn.ParameterList(tables)
         self.to_out = nn.Linear(num_heads * self.head_dim, dim, bias=False)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, *, return_auxiliary: bool = False):
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, *, return_auxiliary: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Attends.
 
         Args:
@@ -192,7 +194,7 @@ class RoutingAttention(GridAttention):
             query,
             key,
             value,
-            self.kmeans.means.clone() if self.training else self.kmeans.means,
+            self.kmeans.means,
             self._cluster_size(prod(query.shape[1:-2])),
             norm=self.norm,
             is_causal=self.is_causal,
@@ -203,7 +205,7 @@ class RoutingAttention(GridAttention):
         )
 
     def _commitment(self, query: Tensor, key: Tensor | None) -> Tensor:
-        means = self.kmeans.means.clone()
+        means = self.kmeans.means
         if self.norm == "unit":
             return commitment_loss(normalize_vectors(_together(query, key), self.norm), means)
         both = (query, query if key is None else key)

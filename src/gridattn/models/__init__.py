@@ -7,6 +7,7 @@ from gridattn.models.convit import ConViT
 from gridattn.models.davit import DaViT
 from gridattn.models.features import FeatureMaps
 from gridattn.models.grid_vit import GridViT
+from gridattn.models.halonet import HaloNet
 from gridattn.models.maxvit import MaxViT
 from gridattn.models.nat import NAT, DiNATs, IsotropicNAT
 from gridattn.models.polarized_hrnet import PolarizedHRNet, PoseHRNet
@@ -27,6 +28,7 @@ __all__ = [
     "DiNATs",
     "FeatureMaps",
     "GridViT",
+    "HaloNet",
     "IsotropicNAT",
     "MaxViT",
     "ModelInfo",

@@ -32,7 +32,7 @@ class ConViT(Backbone):
     Args:
         img_size: nominal image size, an int or (height, width); it sets the size of the position embedding.
         patch_size: side of the patches.
-        embed_dim: channels.
+        embed_dim: channels of all heads together (timm's keyword of this name counts those of one head).
         depth: blocks.
         num_heads: heads.
         local_up_to_layer: number of blocks with gated positional attention, before the class token enters.
@@ -173,11 +173,12 @@ class ConViT(Backbone):
         local = len(self.levels[0].blocks)  # type: ignore[arg-type]
         renamed = {_official_name(name, local): tensor for name, tensor in state.items()}
         table = renamed.get("pos_embed")
-        if table is not None and self.pos_embed is not None:
-            if table.ndim == 3:
-                side = isqrt(table.shape[1])
-                grid = self.grid if table.shape[1] == prod(self.grid) else (side, table.shape[1] // max(side, 1))
-                table = table.unflatten(1, grid)
+        if table is not None and table.ndim == 3:
+            side = isqrt(table.shape[1])
+            for grid in (self.grid, (side, side)):
+                if table.ndim == 3 and prod(grid) == table.shape[1]:
+                    table = table.unflatten(1, grid)
+        if table is not None and table.ndim == 4:
             renamed["pos_embed"] = resize_grid(table, self.grid)
         return {name: tensor for name, tensor in renamed.items() if not name.endswith(".rel_indices")}
 

@@ -9,6 +9,7 @@ Representation Learning, arXiv 1902.09212 (pose) and 1908.07919 (four maps).
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -22,7 +23,6 @@ from gridattn.models.common import Backbone, Level, drop_path_rates, linear
 from gridattn.models.conv_norm import batch_counters, conv_norm
 from gridattn.models.patches import check_level_lists
 from gridattn.models.polarized_resnet import (
-    LAYOUTS,
     Bottleneck,
     channels_first,
     conv_names,
@@ -30,10 +30,9 @@ from gridattn.models.polarized_resnet import (
     init_pose,
     polarized,
 )
+from gridattn.models.polarized_variants import HRNET_VARIANTS, POSE_HRNET_VARIANTS
 from gridattn.models.registry import register_variants
-from gridattn.ops.common import check_choice, check_probability
-
-UPSAMPLING = ("bilinear", "nearest")
+from gridattn.ops.common import check_probability
 
 
 class PolarizedHRNet(Backbone):
@@ -48,14 +47,14 @@ class PolarizedHRNet(Backbone):
         blocks: basic blocks in every branch of a module.
         layout: of the attention, see `PolarizedSelfAttention`; None for the plain network.
         variant: of the attention, "official" or "paper".
+        bottleneck_width: channels of the 3x3 convolutions of the bottlenecks.
         bottleneck_attention: whether the bottlenecks have attention too, after their 3x3 convolution.
-        upsampling: "bilinear" (four maps) or "nearest" (pose), where a coarse branch joins a finer one.
         drop_path_rate: stochastic depth, growing linearly to this rate over the bottlenecks and modules.
         num_classes: 0 leaves the classifier out.
         in_chans: image channels.
 
     Raises:
-        ValueError: a number of levels other than 4, an unknown upsampling, or a setting that the attention refuses.
+        ValueError: a number of levels other than 4, or a setting that the attention refuses.
 
     Example:
         >>> import torch
@@ -66,6 +65,7 @@ class PolarizedHRNet(Backbone):
 
     stem_dim = 64
     every_branch = True
+    upsampling = "bilinear"
 
     def __init__(
         self,
@@ -74,15 +74,14 @@ class PolarizedHRNet(Backbone):
         blocks: int = 4,
         layout: str | None = "parallel",
         variant: str = "official",
+        bottleneck_width: int = 64,
         bottleneck_attention: bool = False,
-        upsampling: str = "bilinear",
         drop_path_rate: float = 0.0,
         num_classes: int = 1000,
         in_chans: int = 3,
     ) -> None:
         super().__init__(in_chans, num_classes)
         check_level_lists(**{"levels of an HRNet": range(4), "depths": depths})
-        check_choice("upsampling", upsampling, UPSAMPLING)
         check_probability("drop_path_rate", drop_path_rate)
         dims = [width * 2**i for i in range(4)]
         rates = drop_path_rates(drop_path_rate, depths)
@@ -92,9 +91,9 @@ class PolarizedHRNet(Backbone):
         )
         bottlenecks, dim = [], self.stem_dim
         for rate in rates[0]:
-            attention = polarized(64, layout if bottleneck_attention else None, variant)
-            bottlenecks.append(Bottleneck(dim, 64, attention=attention, drop_path=rate))
-            dim = Bottleneck.expansion * 64
+            attention = polarized(bottleneck_width, layout if bottleneck_attention else None, variant)
+            bottlenecks.append(Bottleneck(dim, bottleneck_width, attention=attention, drop_path=rate))
+            dim = Bottleneck.expansion * bottleneck_width
         levels: list[nn.Module] = [Level(bottlenecks)]
         incoming = [dim]
         for i in range(1, 4):
@@ -107,7 +106,7 @@ class PolarizedHRNet(Backbone):
                     nn.Sequential(*[BasicBlock(c, polarized(c, layout, variant), rate) for _ in range(blocks)])
                     for c in branches
                 ]
-                modules.append(ExchangeModule(paths, branches, outputs, upsampling))
+                modules.append(ExchangeModule(paths, branches, outputs, self.upsampling))
             levels.append(BranchLevel(Transition(incoming, branches), modules))
             incoming = branches
         self.levels = nn.ModuleList(levels)
@@ -151,7 +150,8 @@ class PolarizedHRNet(Backbone):
 class PoseHRNet(PolarizedHRNet):
     """Heatmaps of joints from the finest branch: (B, in_chans, H, W) -> (B, num_classes, ceil(H / 4), ceil(W / 4)).
 
-    Arguments as in `PolarizedHRNet`; `num_classes` is the number of joints.
+    Arguments as in `PolarizedHRNet`; `num_classes` is the number of joints. Where a coarse branch joins a finer one, its
+    positions are repeated, not interpolated.
 
     Source: arXiv 1902.09212, with the attention of arXiv 2107.00782.
 
@@ -163,32 +163,7 @@ class PoseHRNet(PolarizedHRNet):
     """
 
     every_branch = False
-
-    def __init__(
-        self,
-        width: int = 48,
-        depths: Sequence[int] = (4, 1, 4, 3),
-        blocks: int = 4,
-        layout: str | None = "parallel",
-        variant: str = "official",
-        bottleneck_attention: bool = False,
-        upsampling: str = "nearest",
-        drop_path_rate: float = 0.0,
-        num_classes: int = 17,
-        in_chans: int = 3,
-    ) -> None:
-        super().__init__(
-            width,
-            depths,
-            blocks,
-            layout,
-            variant,
-            bottleneck_attention,
-            upsampling,
-            drop_path_rate,
-            num_classes,
-            in_chans,
-        )
+    upsampling = "nearest"
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """(B, h, w, num_features) -> heatmaps (B, num_classes, h, w); with `pre_logits`, `x` channels-first."""
@@ -252,8 +227,9 @@ class ExchangeModule(nn.Module):
         branches = [branch(x) for branch, x in zip(self.branches, branches)]
         fused = []
         for i, paths in enumerate(self.fuse):
+            size = branches[i].shape[2:]
             terms = [path(x) for path, x in zip(paths, branches)]  # pyright: ignore[reportArgumentType]
-            fused.append(sum(resize(term, branches[i].shape[2:], self.upsampling) for term in terms).relu())
+            fused.append(reduce(torch.add, (resize(term, size, self.upsampling) for term in terms)).relu())
         return fused
 
 
@@ -309,32 +285,14 @@ def _official_name(name: str) -> str:
     return re.sub(r"^final_layer\.", "head.", name)
 
 
-WIDTHS = (32, 48)
-
-HRNET_VARIANTS: dict[str, dict[str, Any]] = {
-    f"hrnet_w{width}{suffix}": {"width": width, "layout": layout}
-    for width in WIDTHS
-    for suffix, layout in LAYOUTS.items()
-}
-POSE_VARIANTS: dict[str, dict[str, Any]] = {
-    f"pose_hrnet_w{width}{suffix}": {"width": width, "layout": layout}
-    for width in WIDTHS
-    for suffix, layout in ({"": None} | LAYOUTS).items()
-}
-POSE_ALL_BLOCKS: dict[str, dict[str, Any]] = {
-    f"{name}_allblocks": config | {"bottleneck_attention": True}
-    for name, config in POSE_VARIANTS.items()
-    if config["layout"] is not None
-}
-
 register_variants(PolarizedHRNet, HRNET_VARIANTS, source="arXiv 2107.00782", first_conv="patch_embed.0.0")
-for size, variants in (((256, 192), POSE_VARIANTS | POSE_ALL_BLOCKS), ((384, 288), POSE_VARIANTS)):
+for _size, _variants in POSE_HRNET_VARIANTS.items():
     register_variants(
         PoseHRNet,
-        {f"{name}_{size[0]}x{size[1]}": config for name, config in variants.items()},
+        _variants,
         source="arXiv 2107.00782, arXiv 1902.09212",
         first_conv="patch_embed.0.0",
-        img_size=size,
+        img_size=_size,
         interpolation="bilinear",
         crop_pct=1.0,
     )

@@ -8,7 +8,6 @@ Human Pose Estimation and Tracking, arXiv 1804.06208; Deep Residual Learning, ar
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -18,6 +17,7 @@ from gridattn.layers.polarized import convert_official
 from gridattn.models.common import Backbone, Level, drop_path_rates, linear
 from gridattn.models.conv_norm import batch_counters, conv_norm
 from gridattn.models.patches import check_level_lists
+from gridattn.models.polarized_variants import POSE_RESNET_VARIANTS, RESNET_VARIANTS
 from gridattn.models.registry import register_variants
 from gridattn.ops.common import check_probability
 
@@ -257,20 +257,6 @@ def _official_name(name: str) -> str:
     name = re.sub(r"^deconv_layers\.(\d+)\.", lambda m: f"decoder.{int(m[1]) // 3}.{int(m[1]) % 3}.", name)
     return re.sub(r"^(final_layer|fc)\.", "head.", name)
 
-
-DEPTHS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
-LAYOUTS = {"_psa_p": "parallel", "_psa_s": "sequential"}
-
-RESNET_VARIANTS: dict[str, dict[str, Any]] = {
-    f"resnet{size}{suffix}": {"depths": depths, "layout": layout}
-    for size, depths in DEPTHS.items()
-    for suffix, layout in LAYOUTS.items()
-}
-POSE_RESNET_VARIANTS: dict[str, dict[str, Any]] = {
-    f"pose_simplebaseline_r{size}{suffix}": {"depths": depths, "layout": layout}
-    for size, depths in DEPTHS.items()
-    for suffix, layout in ({"": None} | LAYOUTS).items()
-}
 
 register_variants(PolarizedResNet, RESNET_VARIANTS, source="arXiv 2107.00782", first_conv="patch_embed.0.0")
 register_variants(

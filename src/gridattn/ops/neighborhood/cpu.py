@@ -19,7 +19,7 @@ from gridattn.ops.neighborhood.cpu_tiles import LANES, Tiling, make_tiling
 from gridattn.ops.neighborhood.plan import Plan, make_plan
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_SERIAL_WORK = 500_000  # multiply-adds below which waking another thread costs more than it brings
+_SERIAL_WORK = 2_000_000  # multiply-adds below which waking another thread costs more than it brings
 _NO_TENSOR = np.empty(0, dtype=np.bool_)
 
 
@@ -227,7 +227,8 @@ def _launch(kernel: Callable[..., None], problem: tuple, sources: np.ndarray, it
     futures = [_pool().submit(kernel, *problem, counter, sources) for _ in range(helpers)]
     kernel(*problem, counter, sources)
     for future in futures:
-        future.result()
+        if not future.cancel():  # a helper that has not begun yet finds nothing left to do
+            future.result()
 
 
 @cache
