@@ -74,7 +74,7 @@ def test_list_json_names_what_the_registers_hold() -> None:
 
 
 def test_list_filters_by_kind_and_pattern() -> None:
-    listed = json.loads(run("list", "--attentions", "glob*", "--json").output)
+    listed = json.loads(run("list", "--attentions", "*lobal", "--json").output)
     assert [row["name"] for row in listed["attentions"]] == ["global"]
     assert list(listed) == ["attentions"]
     assert "neighborhood" in run("list", "--attentions").output

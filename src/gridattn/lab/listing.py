@@ -27,7 +27,7 @@ def listing(kinds: Sequence[str], pattern: str = "*") -> dict[str, list[Row]]:
         ValueError: an unknown kind.
 
     Example:
-        >>> [row["name"] for row in listing(["attentions"], "glob*")["attentions"]]
+        >>> [row["name"] for row in listing(["attentions"], "*lobal")["attentions"]]
         ['global']
     """
     for kind in kinds:

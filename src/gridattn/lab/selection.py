@@ -19,7 +19,7 @@ def select_attentions(names: str | Sequence[str], rank: int = 2) -> list[str]:
         ValueError: nothing asked for, an unknown name, a pattern without a match, or a named attention of other rank.
 
     Example:
-        >>> select_attentions("global,glob*")
+        >>> select_attentions("global,*lobal")
         ['global']
     """
     wanted = [part.strip() for text in ([names] if isinstance(names, str) else names) for part in text.split(",")]

@@ -113,7 +113,7 @@ class SelectiveScan(GridAttention):
         paths = scan_paths(grid, self.paths, x.device)
         count = paths.shape[0]
         tokens = x.flatten(1, -2).transpose(0, 1)
-        u = tokens[paths.T]  # (N, paths, B, inner)
+        u = tokens.index_select(0, paths.T.flatten()).unflatten(0, (-1, count))  # (N, paths, B, inner)
         projected = torch.einsum("lkbd,kcd->lkbc", u, self.x_proj_weight)
         step, to_state, to_output = projected.split([self.step_rank, self.state_dim, self.state_dim], -1)
         step = torch.einsum("lkbr,kdr->lkbd", step, self.dt_projs_weight)
@@ -121,7 +121,8 @@ class SelectiveScan(GridAttention):
         decay = -self.A_logs.exp().unflatten(0, (count, 1, -1))
         y = scan_tokens(u, step, decay, to_state, to_output) + self.Ds.view(count, 1, -1) * u
         at_home = inverse_paths(paths).T * count + torch.arange(count, device=x.device)
-        return y.flatten(0, 1)[at_home].sum(1).transpose(0, 1).unflatten(1, grid)
+        y = y.flatten(0, 1).index_select(0, at_home.flatten()).unflatten(0, (-1, count)).sum(1)
+        return y.transpose(0, 1).unflatten(1, grid)
 
     def macs(self, grid: Sequence[int]) -> int:
         """Projections and convolution; the recurrence itself is elementwise."""

@@ -150,8 +150,8 @@ class PolarizedHRNet(Backbone):
 class PoseHRNet(PolarizedHRNet):
     """Heatmaps of joints from the finest branch: (B, in_chans, H, W) -> (B, num_classes, ceil(H / 4), ceil(W / 4)).
 
-    Arguments as in `PolarizedHRNet`; `num_classes` is the number of joints. Where a coarse branch joins a finer one, its
-    positions are repeated, not interpolated.
+    Arguments as in `PolarizedHRNet`; `num_classes` is the number of joints. Positions of coarse branches are
+    repeated, not interpolated, where they join finer ones.
 
     Source: arXiv 1902.09212, with the attention of arXiv 2107.00782.
 

@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor
 
 from gridattn.ops.common import check_choice
-from gridattn.ops.neighborhood import reference, tiled
+from gridattn.ops.neighborhood import cpu, reference, tiled
 from gridattn.ops.neighborhood.checks import check_additional, check_bias, check_key_mask, check_tensors
 from gridattn.ops.neighborhood.merge import merge_attentions
 from gridattn.ops.neighborhood.plan import Plan, make_plan
@@ -19,22 +19,14 @@ from gridattn.ops.neighborhood.tables import constant_in_traces
 _HAS_NUMBA = find_spec("numba") is not None
 
 
-def _attend_cpu(*args, **options) -> tuple[Tensor, Tensor]:
-    from gridattn.ops.neighborhood.cpu import attend
-
-    return attend(*args, **options)
-
-
 def _supports_any(query: Tensor, key: Tensor, value: Tensor, plan: Plan) -> str | None:
     return None
 
 
 def _supports_cpu(query: Tensor, key: Tensor, value: Tensor, plan: Plan) -> str | None:
-    if query.device.type != "cpu":
-        return f"query is on {query.device}; tensors on the cpu are allowed"
     if not _HAS_NUMBA:
         return "the package numba is not installed (pip install numba)"
-    return None
+    return cpu.supports(query, key, value, plan)
 
 
 class Backend(NamedTuple):
@@ -51,7 +43,7 @@ class Backend(NamedTuple):
 BACKENDS = {
     "reference": Backend(reference.attend),
     "tiled": Backend(tiled.attend),
-    "cpu": Backend(_attend_cpu, _supports_cpu),
+    "cpu": Backend(cpu.attend, _supports_cpu),
 }
 
 
