@@ -20,16 +20,29 @@ from rich.table import Table
 from torch import Tensor
 
 PRODUCT_SIZE = 1024
+Candidates = dict[str, Callable[[], Any]]
+
+
+def split_runnable(candidates: Candidates) -> tuple[Candidates, dict[str, str]]:
+    """Calls each candidate once, which also warms it up; gives those that run, and why the others do not."""
+    runnable, failures = {}, {}
+    for name, call in candidates.items():
+        try:
+            call()
+            runnable[name] = call
+        except Exception as error:
+            failures[name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    return runnable, failures
 
 
 def time_in_turns(
-    candidates: dict[str, Callable[[], Any]], *, rounds: int = 9, seconds: float = 20.0, device: str = "cpu"
+    candidates: Candidates, *, rounds: int = 9, seconds: float = 20.0, device: str = "cpu", warm: bool = False
 ) -> dict[str, float]:
-    """Calls all candidates once per round and returns the median seconds of each, after one call that does not count.
+    """Calls all candidates in turns and returns the median seconds of each.
 
-    A candidate that has used up its `seconds` rests for the remaining rounds; every candidate is timed at least twice.
+    A candidate rests once it has used up its `seconds`, but it is timed at least once. Unless the candidates are `warm`,
+    there is one round more, which does not count.
     """
-    times: dict[str, list[float]] = {name: [] for name in candidates}
 
     def call(name: str) -> float:
         wait_for(device)
@@ -38,11 +51,13 @@ def time_in_turns(
         wait_for(device)
         return perf_counter() - start
 
-    for name in candidates:
-        call(name)
+    if not warm:
+        for name in candidates:
+            call(name)
+    times: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds):
         for name, taken in times.items():
-            if len(taken) < 2 or sum(taken) < seconds:
+            if not taken or sum(taken) < seconds:
                 taken.append(call(name))
     return {name: median(taken) for name, taken in times.items()}
 

@@ -16,7 +16,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import machine, matrix_product, peak_memory, print_table, time_in_turns, write_json
+from common import (
+    Candidates,
+    machine,
+    matrix_product,
+    peak_memory,
+    print_table,
+    split_runnable,
+    time_in_turns,
+    write_json,
+)
 from einops import rearrange
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
@@ -87,20 +96,20 @@ def flex_mask(plan: Plan, block: int, device: str) -> BlockMask:
     return BlockMask.from_kv_blocks(counts[None, None], order[None, None], None, None, block, visible, lengths)
 
 
-def dense_candidates(problem: Problem, dtype: torch.dtype, device: str, train: bool) -> dict[str, Callable[[], Any]]:
+def dense_candidates(problem: Problem, dtype: torch.dtype, device: str, train: bool) -> Candidates:
     """Dense attention, and FlexAttention at several block sizes, over (B, H, N, D)."""
     tokens = int(np.prod(problem.grid))
     shape = (3, 1, problem.heads, tokens, problem.depth)
     inputs = [t.requires_grad_(train) for t in torch.randn(shape, dtype=dtype, device=device)]
     plan = make_plan(problem.grid, problem.kernel_size)
-    candidates: dict[str, Callable[[], Any]] = {"dense": step(F.scaled_dot_product_attention, inputs, train)}
+    candidates: Candidates = {"dense": step(F.scaled_dot_product_attention, inputs, train)}
     for block in FLEX_BLOCKS:
         flex = torch.compile(partial(flex_attention, block_mask=flex_mask(plan, block, device)), dynamic=False)
         candidates[f"flex {block}"] = step(flex, inputs, train)
     return candidates
 
 
-def our_candidates(problem: Problem, dtype: torch.dtype, device: str, train: bool) -> dict[str, Callable[[], Any]]:
+def our_candidates(problem: Problem, dtype: torch.dtype, device: str, train: bool) -> Candidates:
     """Our operator and its `tiled` backend, over (B, *grid, H, D)."""
     shape = (3, 1, *problem.grid, problem.heads, problem.depth)
     inputs = [t.requires_grad_(train) for t in torch.randn(shape, dtype=dtype, device=device)]
@@ -118,24 +127,13 @@ def step(attention: Callable[..., Tensor], inputs: list[Tensor], train: bool) ->
     return lambda: torch.autograd.grad(attention(*inputs), inputs, gradient)
 
 
-def runs(candidate: Callable[[], Any]) -> str | None:
-    """Why a candidate cannot run here, or None."""
-    try:
-        candidate()
-    except Exception as error:
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}" if str(error).strip() else repr(error)
-    return None
-
-
 def measure(problem: Problem, dtype: torch.dtype, train: bool, device: str, quick: bool) -> dict[str, Any]:
     """One row of the table."""
     product, product_flops = matrix_product(dtype, device)
     candidates = our_candidates(problem, dtype, device, train) | dense_candidates(problem, dtype, device, train)
-    failures = {name: reason for name, call in candidates.items() if (reason := runs(call)) is not None}
-    usable = {name: call for name, call in candidates.items() if name not in failures}
-    times = time_in_turns(
-        {**usable, "product": product}, rounds=5 if quick else 15, seconds=4 if quick else 15, device=device
-    )
+    candidates, failures = split_runnable(candidates | {"product": product})
+    rounds, seconds = (5, 4.0) if quick else (15, 15.0)
+    times = time_in_turns(candidates, rounds=rounds, seconds=seconds, device=device, warm=True)
     flex = [seconds for name, seconds in times.items() if name.startswith("flex")]
     if flex:
         times["flex"] = min(flex)

@@ -2,9 +2,11 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from adapters_index import load_variant_call
 
 from gridattn.models import create_model, list_models
 
@@ -12,20 +14,25 @@ from gridattn.models import create_model, list_models
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     folder: Path = metafunc.config.getoption("--goldens")
     models = set(list_models())
-    cases = [
-        pytest.param(name, record["params_counted"], record["config"], id=f"{file.parent.name}/{name}")
-        for file in sorted(folder.glob("*/variants.json"))
-        for name, record in json.loads(file.read_text()).items()
-        if name in models and record.get("params_counted")
-    ]
+    cases = []
+    for file in sorted(folder.glob("*/variants.json")):
+        slug = file.parent.name
+        call = load_variant_call(slug) or (lambda name, config: (name, {}))
+        for name, record in json.loads(file.read_text()).items():
+            if not isinstance(record, dict) or not record.get("params_counted"):
+                continue
+            model, options = call(name, record["config"])
+            if model in models:
+                classes = record["config"].get("num_classes")
+                options = ({"num_classes": classes} if isinstance(classes, int) else {}) | options
+                cases.append(pytest.param(model, options, record["params_counted"], id=f"{slug}/{name}"))
     if not cases:
         absent = pytest.mark.skip(reason=f"no variants in {folder}")
-        cases = [pytest.param("", 0, {}, marks=absent, id="absent")]
-    metafunc.parametrize(("name", "counted", "config"), cases)
+        cases = [pytest.param("", {}, 0, marks=absent, id="absent")]
+    metafunc.parametrize(("name", "options", "counted"), cases)
 
 
-def test_parameters(name: str, counted: int, config: dict) -> None:
-    classes = config.get("num_classes")
+def test_parameters(name: str, options: dict[str, Any], counted: int) -> None:
     with torch.device("meta"):
-        model = create_model(name, num_classes=classes if isinstance(classes, int) else None)
+        model = create_model(name, **options)
     assert sum(parameter.numel() for parameter in model.parameters()) == counted

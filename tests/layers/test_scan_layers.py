@@ -64,6 +64,16 @@ def test_a_new_layer_forgets_state_n_at_rate_n() -> None:
     assert ((steps > 0.9e-3) & (steps < 0.11)).all()
 
 
+def test_a_compiled_layer_has_the_same_gradients() -> None:
+    torch.compiler.reset()
+    layer, x = scan(), sample(3, 4).requires_grad_()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for ours, expected in zip(
+        *(torch.autograd.grad(f(x).square().sum(), [x, layer.A_logs]) for f in (compiled, layer))
+    ):
+        torch.testing.assert_close(ours, expected)
+
+
 def test_windows_after_the_scan_see_what_windows_alone_do_not() -> None:
     torch.manual_seed(0)
     both = ScanWindowAttention(8, 2, window_size=3).double().eval()

@@ -116,7 +116,8 @@ class SelectiveScan(GridAttention):
         u = tokens.index_select(0, paths.T.flatten()).unflatten(0, (-1, count))  # (N, paths, B, inner)
         projected = torch.einsum("lkbd,kcd->lkbc", u, self.x_proj_weight)
         step, to_state, to_output = projected.split([self.step_rank, self.state_dim, self.state_dim], -1)
-        step = torch.einsum("lkbr,kdr->lkbd", step, self.dt_projs_weight)
+        # Laid out along the scan, which reads it in this order.
+        step = torch.einsum("lkbr,kdr->lkbd", step, self.dt_projs_weight).contiguous()
         step = F.softplus(step.to(self.dt_projs_bias.dtype) + self.dt_projs_bias.unsqueeze(1))
         decay = -self.A_logs.exp().unflatten(0, (count, 1, -1))
         y = scan_tokens(u, step, decay, to_state, to_output) + self.Ds.view(count, 1, -1) * u

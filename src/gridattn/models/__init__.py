@@ -11,9 +11,12 @@ from gridattn.models.halonet import HaloNet
 from gridattn.models.maxvit import MaxViT
 from gridattn.models.nat import NAT, DiNATs, IsotropicNAT
 from gridattn.models.polarized_hrnet import PolarizedHRNet, PoseHRNet
+from gridattn.models.polarized_ocr import MultiScaleObjectContextNet, ObjectContextNet
 from gridattn.models.polarized_resnet import PolarizedResNet, PoseResNet
 from gridattn.models.registry import ModelInfo, create_model, list_models, model_info, register_variants
 from gridattn.models.state import CheckpointError, load_checkpoint
+from gridattn.models.tic import TiC
+from gridattn.models.ulsam_mobilenet import SubspaceMobileNetV1, SubspaceMobileNetV2
 from gridattn.models.van import VAN
 
 __all__ = [
@@ -32,10 +35,15 @@ __all__ = [
     "IsotropicNAT",
     "MaxViT",
     "ModelInfo",
+    "MultiScaleObjectContextNet",
+    "ObjectContextNet",
     "PolarizedHRNet",
     "PolarizedResNet",
     "PoseHRNet",
     "PoseResNet",
+    "SubspaceMobileNetV1",
+    "SubspaceMobileNetV2",
+    "TiC",
     "attention_inputs",
     "attention_layers",
     "create_model",

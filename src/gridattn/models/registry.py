@@ -127,13 +127,13 @@ def create_model(
     info = model_info(name)
     if out_indices is not None and not features_only:
         raise ValueError(f"out_indices={out_indices} is not allowed without features_only=True")
-    unknown = sorted(set(options) - set(info.options))
-    if unknown:
-        raise ValueError(f"model {name!r} has no option {unknown[0]!r}; allowed: {', '.join(info.options)}")
     common = {"num_classes": num_classes, "in_chans": in_chans, "drop_path_rate": drop_path_rate}
     if "img_size" in info.options:
         common["img_size"] = img_size
     given = options | {key: value for key, value in common.items() if value is not None}
+    unknown = sorted(set(given) - set(info.options))
+    if unknown:
+        raise ValueError(f"model {name!r} has no option {unknown[0]!r}; allowed: {', '.join(info.options)}")
 
     model: Any = info.build(**(info.config | given))
     # The call, for a rebuild; the image size also where the family has no tables that depend on it.

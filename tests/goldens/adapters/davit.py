@@ -62,6 +62,11 @@ def dense(case: GoldenCase) -> dict[str, torch.Tensor]:
     return {"grad.x": grad} | {f"out.y{i}": y for i, y in enumerate(maps)}
 
 
+def variant_call(name: str, config: dict) -> tuple[str, dict]:
+    body = name.removesuffix("_dense_backbone")
+    return body, {} if body == name else {"features_only": True}
+
+
 def _options(case: GoldenCase) -> dict:
     return {key: value for key, value in case.config.items() if key != "named_blocks"}
 

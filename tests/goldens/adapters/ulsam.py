@@ -1,9 +1,10 @@
-"""Ultra-lightweight subspace attention, in eval mode and for one step in train mode."""
+"""Ultra-lightweight subspace attention, in eval mode and for one step in train mode, and MobileNets with it."""
 
 import torch
-from case import GoldenCase, Result
+from case import Adapter, GoldenCase, Result
 
 from gridattn.layers.ulsam import UltraLightweightSubspaceAttention, convert_official
+from gridattn.models import create_model
 
 
 def layer(case: GoldenCase) -> Result:
@@ -22,8 +23,29 @@ def layer(case: GoldenCase) -> Result:
     return result
 
 
-ADAPTERS = {"ULSAM": layer}
-PENDING = {
-    "mobilenet_v1+ULSAM": "the classifier is a whole model",
-    "mobilenet_v2+ULSAM": "the classifier is a whole model",
+def variant_call(name: str, config: dict) -> tuple[str, dict]:
+    return f"{config['backbone']}_100", _options(config)
+
+
+def _options(config: dict) -> dict:
+    names = {"num_splits": "num_subspaces"}
+    return {names.get(key, key): value for key, value in config.items() if key != "backbone"}
+
+
+def network(name: str) -> Adapter:
+    def run(case: GoldenCase) -> Result:
+        model = create_model(name, **_options(case.config))
+        model.load_official(case.state)
+        x = case.leaf("x")
+        y = model.eval()(x)
+        (grad,) = torch.autograd.grad(y, x, case.inputs["cotangent"])
+        return {"out.y": y, "grad.x": grad}
+
+    return run
+
+
+ADAPTERS = {
+    "ULSAM": layer,
+    "mobilenet_v1+ULSAM": network("mobilenet_v1_100"),
+    "mobilenet_v2+ULSAM": network("mobilenet_v2_100"),
 }
