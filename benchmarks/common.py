@@ -40,8 +40,8 @@ def time_in_turns(
 ) -> dict[str, float]:
     """Calls all candidates in turns and returns the median seconds of each.
 
-    A candidate rests once it has used up its `seconds`, but it is timed at least once. Unless the candidates are `warm`,
-    there is one round more, which does not count.
+    A candidate rests once it has used up its `seconds`, but it is timed at least once. Unless the candidates are
+    `warm`, there is one round more, which does not count.
     """
 
     def call(name: str) -> float:

@@ -22,6 +22,7 @@ PARAMETERS = {
     "halonet_h7": 67_434_728,
     "timm_halonet_h1": 8_100_056,
     "timm_halonet26t": 12_480_288,
+    "timm_halo2botnet50ts_256": 22_635_360,
     "timm_halonet50ts": 22_733_280,
     "timm_sehalonet33ts": 13_691_712,
     "timm_eca_halonext26ts": 10_756_885,
@@ -67,7 +68,8 @@ def test_every_variant_has_its_count_here() -> None:
     assert set(list_models("*halo*")) == set(PARAMETERS)
 
 
-# The paper's layout, a hybrid with squeeze and excitation, one with groups, and one without shortcuts at odd blocks.
+# The paper's layout; hybrids with squeeze and excitation, with groups, with odd blocks and no shortcuts, and with full
+# attention in the last level.
 @pytest.mark.parametrize(
     ("name", "size"),
     [
@@ -75,6 +77,7 @@ def test_every_variant_has_its_count_here() -> None:
         ("sehalonet33ts", (256, 512)),
         ("eca_halonext26ts", (256, 256)),
         ("haloregnetz_b", (224, 224)),
+        ("halo2botnet50ts_256", (256, 256)),
     ],
 )
 @torch.no_grad()

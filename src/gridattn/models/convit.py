@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gridattn.layers.gated_positional import GatedPositionalAttention
+from gridattn.layers.gated_positional import GatedPositionalAttention, mean_attention
 from gridattn.layers.global_attention import GlobalAttention
 from gridattn.models.common import Backbone, Block, Level, drop_path_rates, init_linear, linear
 from gridattn.models.patches import PatchEmbed
 from gridattn.models.registry import register_variants
 from gridattn.ops.common import check_choice, check_probability, per_axis
-from gridattn.ops.gated_positional import attention_distance, attention_weights
+from gridattn.ops.gated_positional import attention_distance
 
 
 class ConViT(Backbone):
@@ -158,11 +158,12 @@ class ConViT(Backbone):
         patches = self.patch_embed(images)
         distances = []
         for _, layer, x in self.attention_inputs(images):
+            assert isinstance(layer, GatedPositionalAttention | GlobalAttention)
             if mode == "official":
                 x = patches if isinstance(layer, GatedPositionalAttention) else patches.flatten(1, -2)
             elif isinstance(layer, GlobalAttention):
                 x = x[:, 1:]  # rows and columns of the patches; the softmax over them alone renormalises the rows
-            distances.append(attention_distance(_weights(layer, x).mean(0), patches.shape[1:-1]))
+            distances.append(attention_distance(mean_attention(layer, x), patches.shape[1:-1]))
         return torch.stack(distances)
 
     def from_official(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -202,14 +203,6 @@ def resize_grid(table: Tensor, grid: Sequence[int]) -> Tensor:
         return table
     resized = F.interpolate(table.movedim(-1, 1).float(), tuple(grid), mode="bicubic", align_corners=False)
     return resized.movedim(1, -1).to(table.dtype)
-
-
-def _weights(layer: nn.Module, x: Tensor) -> Tensor:
-    if isinstance(layer, GatedPositionalAttention):
-        return layer.weights(x)
-    assert isinstance(layer, GlobalAttention)
-    query, key, _ = layer._project(x)
-    return attention_weights(query, key, scale=layer.scale)
 
 
 def _official_name(name: str, local: int) -> str:

@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from math import prod
 
+from einops import rearrange
 from torch import Tensor, nn
 
 from gridattn.layers.halo import HaloAttention, halo_state_from_official
@@ -49,8 +50,9 @@ class HaloNet(Backbone):
         inverted: that ratio is over the block's input, blocks end without activation, and have no shortcut where the
             shape changes.
         num_heads: one number, or one per level.
-        block_size: side of the blocks of queries.
-        halo_size: positions around a block that its queries see.
+        block_size: side of the blocks of queries; one number, or one per level. A block as large as its level's map
+            and no halo make full attention.
+        halo_size: positions around a block that its queries see; one number, or one per level.
         value_ratio: channels of the values over those inside the block.
         head_dim: channels of a head's queries and keys; see `HaloAttention`.
         qk_ratio: query channels over value channels, where `head_dim` and `value_ratio` leave them open.
@@ -86,8 +88,8 @@ class HaloNet(Backbone):
         bottleneck_ratio: float | Sequence[float] = 1.0,
         inverted: bool = False,
         num_heads: int | Sequence[int] = (4, 8, 8, 8),
-        block_size: int = 8,
-        halo_size: int = 3,
+        block_size: int | Sequence[int] = 8,
+        halo_size: int | Sequence[int] = 3,
         value_ratio: float = 1.0,
         head_dim: int | None = None,
         qk_ratio: float = 1.0,
@@ -110,12 +112,20 @@ class HaloNet(Backbone):
         check_choice("channel_attention", channel_attention, (None, "se", "eca"))
         check_probability("drop_rate", drop_rate)
         check_probability("drop_path_rate", drop_path_rate)
-        levels = len(depths)
-        ratios = [bottleneck_ratio] * levels if isinstance(bottleneck_ratio, int | float) else bottleneck_ratio
-        heads = [num_heads] * levels if isinstance(num_heads, int) else num_heads
+        ratios = [bottleneck_ratio] * len(depths) if isinstance(bottleneck_ratio, int | float) else bottleneck_ratio
+        heads, block_sizes, halo_sizes = (
+            [value] * len(depths) if isinstance(value, int) else value for value in (num_heads, block_size, halo_size)
+        )
         places = [range(depth) for depth in depths] if halo_blocks is None else halo_blocks
         check_level_lists(
-            depths=depths, widths=widths, strides=strides, halo_blocks=places, bottleneck_ratio=ratios, num_heads=heads
+            depths=depths,
+            widths=widths,
+            strides=strides,
+            halo_blocks=places,
+            bottleneck_ratio=ratios,
+            num_heads=heads,
+            block_size=block_sizes,
+            halo_size=halo_sizes,
         )
         for depth, level_places in zip(depths, places):
             if any(not 0 <= place < depth for place in level_places):
@@ -132,8 +142,8 @@ class HaloNet(Backbone):
             layer = HaloAttention(
                 hidden,
                 heads[i],
-                block_size=block_size,
-                halo_size=halo_size,
+                block_size=block_sizes[i],
+                halo_size=halo_sizes[i],
                 stride=stride,
                 dim_out=values,
                 # Queries and keys keep the block's width where the values are wider.
@@ -223,8 +233,15 @@ class HaloNet(Backbone):
 
     @staticmethod
     def _convert_halo(state: dict[str, Tensor], path: str, layer: HaloAttention) -> None:
-        published = {name for name in state if name.startswith((f"{path}.q.", f"{path}.kv.", f"{path}.pos_embed."))}
-        part = halo_state_from_official({name.removeprefix(f"{path}."): state.pop(name) for name in published})
+        inside = {name.removeprefix(f"{path}."): name for name in state if name.startswith(f"{path}.")}
+        part = {key: state.pop(inside[key]) for key in inside if key.startswith(("q.", "kv.", "qkv.", "pos_embed."))}
+        if "qkv.weight" in part:
+            query, key_value = part.pop("qkv.weight").split([layer.query.out_features, layer.key_value.out_features])
+            part |= {
+                "q.weight": query,
+                "kv.weight": rearrange(key_value, "(two h d) ... -> (h two d) ...", two=2, h=layer.num_heads),
+            }
+        part = halo_state_from_official(part)
         state.update({f"{path}.{key}": tensor for key, tensor in part.items()})
         for axis, (block, halo) in enumerate(zip(layer.block_size, layer.halo_size)):
             name = f"{path}.relative.{axis}"

@@ -44,6 +44,16 @@ RESNET_26 = HYBRID | {"depths": (2, 2, 2, 2), "halo_blocks": ((), (), (1,), (0, 
 HYBRID_VARIANTS: dict[str, dict[str, Any]] = {
     "timm_halonet_h1": PAPER_VARIANTS["halonet_h1"][1] | {"num_heads": 8},
     "timm_halonet26t": RESNET_26,
+    # The last level attends to its whole map, which has 8 x 8 positions at 256 pixels.
+    "timm_halo2botnet50ts_256": HYBRID
+    | {
+        "depths": (3, 4, 6, 3),
+        "halo_blocks": ((), (1, 3), (1, 3, 5), (1,)),
+        "num_heads": (8, 8, 8, 4),
+        "halo_size": (3, 3, 3, 0),
+        "stem_pool": False,
+        "activation": "silu",
+    },
 }
 HYBRID_94_VARIANTS: dict[str, dict[str, Any]] = {
     "timm_halonet50ts": HYBRID

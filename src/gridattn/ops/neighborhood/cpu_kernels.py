@@ -9,7 +9,9 @@ Logits are kept in base 2: with z = log2(e) * (scale * q.k + bias), P = 2^(z - l
 
 import inspect
 import math
+from collections.abc import Callable
 from hashlib import sha256
+from typing import Any
 
 import numpy as np
 from numba import njit
@@ -54,12 +56,21 @@ from gridattn.ops.neighborhood.cpu_vector import take_next
 
 LN_2 = math.log(2.0)
 
+
+def _kernel(function: Callable[..., None]) -> Any:
+    """Compiles on the first call, and keeps the result on disk where there is a folder that may be written."""
+    try:
+        return njit(nogil=True, cache=True)(function)
+    except RuntimeError:
+        return njit(nogil=True)(function)
+
+
 # numba's cache of compiled kernels goes by this file and the arguments' types: this type names the other files' text.
 _TEXT = "".join(map(inspect.getsource, (cpu_blocks, cpu_products, cpu_tiles, cpu_vector)))
 SOURCES = np.empty(0, dtype=[(f"sources_{sha256(_TEXT.encode()).hexdigest()[:16]}", np.int8)])
 
 
-@njit(nogil=True, cache=True)
+@_kernel
 def forward(
     query, key, value, bias, key_mask, out, lse, strides, sizes, scale,
     step, kernel, shape, tiles, runs, blocks, patterns, capacity, items, counter, sources,
@@ -140,7 +151,7 @@ def forward(
                     store_queries(peak, ones, lse_stride, sample, head, step, tile, shape, 1, 1, lse)
 
 
-@njit(nogil=True, cache=True)
+@_kernel
 def backward(
     query, key, value, bias, key_mask, out, lse, d_out, d_lse, d_query, d_key, d_value, d_bias, strides, sizes, scale,
     step, kernel, shape, tiles, runs, blocks, patterns, capacity, items, counter, sources,
