@@ -18,7 +18,7 @@ PREFETCH = 8  # rows between the one that is copied and the one that is asked fo
 QUERY_BLOCKS = LANES // QUERY_BLOCK
 
 
-@njit(nogil=True, inline="always")
+@njit(nogil=True)
 def _row_of(stride, sample, head, step, box, a, b, c):
     """Where a head's row at (a, b, c) of a box of keys or queries (first, number) begins."""
     row = sample * stride[0] + head * stride[4] + (box[0, 0] + a * step[0]) * stride[1]
@@ -167,7 +167,7 @@ def add_bias_gradient(pattern, extent, kernel, d_logits, visible, start, d_bias)
                 key += 1
 
 
-@njit(nogil=True, inline="always")
+@njit(nogil=True)
 def load_queries(source, factor, stride, sample, head, step, tile, shape, depth, pitch, target):
     """Copies the rows of a tile's queries, one per lane, times a factor; lanes without a query keep what they hold."""
     for a in range(tile[0, 1]):
@@ -179,7 +179,7 @@ def load_queries(source, factor, stride, sample, head, step, tile, shape, depth,
                 read_row(source, at, factor, depth, target, to)
 
 
-@njit(nogil=True, inline="always")
+@njit(nogil=True)
 def store_queries(source, factors, stride, sample, head, step, tile, shape, depth, pitch, target):
     """Writes rows of a tile's queries, each times the factor of its lane, to the tensor they belong to."""
     for a in range(tile[0, 1]):
@@ -190,7 +190,7 @@ def store_queries(source, factors, stride, sample, head, step, tile, shape, dept
                 write_row(source, lane * pitch, factors[lane], depth, target, to)
 
 
-@njit(nogil=True, inline="always")
+@njit(nogil=True)
 def _unravel(index, begin, end):
     """The index-th triple of three ranges."""
     c = index % (end[2] - begin[2])
@@ -221,7 +221,7 @@ def open_run(index, run_begin, run_end, runs, tiles, patterns, pattern, extent, 
         extent[axis] = tiles[axis, run[0], 3]
 
 
-@njit(nogil=True, inline="always")
+@njit(nogil=True)
 def open_tile(index, tile_begin, tile_end, tiles, box, tile):
     """Reads a run's tile: its queries (first, number) along each axis; returns its first key as a row of the block."""
     chosen = _unravel(index, tile_begin, tile_end)
