@@ -5,11 +5,13 @@ import json
 import math
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 from PIL import Image
 
 from gridattn.data import load_dataset
+from gridattn.systems import base
 from gridattn.systems.classify import (
     ClassifySettings,
     ClassifyTask,
@@ -235,3 +237,14 @@ def test_a_file_that_is_no_checkpoint_is_told(tiny, tmp_path: Path) -> None:
     torch.save({"state_dict": {}}, path)
     with pytest.raises(ValueError, match="is not a checkpoint of a gridattn run"):
         train_classifier(tiny(resume=str(path)))
+
+
+def test_a_terminated_training_does_not_pass_for_a_finished_one(tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminate(L.Callback):
+        def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            trainer._signal_connector.received_sigterm = True
+
+    monkeypatch.setattr(base, "StepSeed", lambda seed: Terminate())
+    with pytest.raises(SystemExit) as stopped:
+        train_classifier(tiny())
+    assert stopped.value.code == 143

@@ -12,7 +12,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, WeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from gridattn.systems.settings import RunSettings, parse_settings
 
 # Remarks that do not apply here: the order of samples is resumed by EpochSampler, data loads in the training process by
 # choice, short epochs are normal for embedded data, and tree specifications are Lightning's own affair.
+TERMINATED = 143  # what a shell reports of a process that SIGTERM ended; Lightning itself would exit with 0
 _NO_NEWS = ("dataloader is not", "does not have many workers", "smaller than the logging interval", "LeafSpec")
 
 
@@ -235,6 +236,8 @@ def fit(task: Task, train: Any, val: Any, folder: RunFolder, *, monitor: str, mo
             )
         except MisconfigurationException as error:
             raise ValueError(" ".join(str(error).split())) from None
+        except SIGTERMException:
+            raise SystemExit(TERMINATED) from None
     return keeper.history
 
 
