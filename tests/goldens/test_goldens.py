@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from adapters_index import load_adapters
+from adapters_index import load_adapters, load_disputed
 from case import read_case, relative_error
 
 OUTPUT_TOLERANCE = 1e-5
@@ -32,6 +32,11 @@ def test_golden(path: Path) -> None:
     expected = {f"out.{k}": v for k, v in case.outputs.items()} | {f"grad.{k}": v for k, v in case.grads.items()}
     missing = sorted(set(expected) - set(result))
     assert not missing, f"not computed: {missing}"
+    disputed = load_disputed(path.parent.name)
     for key, tensor in expected.items():
         tolerance = GRADIENT_TOLERANCE if key.startswith("grad.") else OUTPUT_TOLERANCE
-        assert relative_error(result[key], tensor) < tolerance, key
+        agrees = relative_error(result[key], tensor) < tolerance
+        assert agrees != ((case.name, key) in disputed), key
+    for (name, key), reason in disputed.items():
+        if name == case.name:
+            pytest.xfail(f"{key} differs, all else agrees: {reason}")

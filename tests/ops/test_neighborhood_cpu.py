@@ -1,5 +1,6 @@
 """The CPU kernels: same results as the definition however the problem is cut, stored and threaded."""
 
+import contextlib
 import multiprocessing
 import threading
 from unittest import mock
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from gridattn.ops.neighborhood import cpu, cpu_tiles, reference
+from gridattn.ops.neighborhood import cpu, cpu_threads, cpu_tiles, reference
 from gridattn.ops.neighborhood.plan import Plan, make_plan
 
 
@@ -185,6 +186,32 @@ def test_many_threads_may_call_at_once() -> None:
         thread.join()
     assert len(found) == 6
     assert all(torch.equal(got[name], tensor) for got in found for name, tensor in expected.items())
+
+
+def test_without_an_openmp_runtime_a_pool_of_threads_gives_the_same() -> None:
+    plan = make_plan((24, 24), 7)
+    tensors = draw_tensors(plan, depth=32, value_depth=32)
+    expected = results(cpu.attend, plan, tensors)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        with mock.patch.object(cpu_threads, "_openmp", lambda: None):
+            got = results(cpu.attend, plan, tensors)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("has_openmp", [True, False])
+def test_an_error_on_any_thread_reaches_the_caller(has_openmp: bool) -> None:
+    def fail() -> None:
+        raise ArithmeticError("from a thread")
+
+    with contextlib.ExitStack() as stack:
+        if not has_openmp:
+            stack.enter_context(mock.patch.object(cpu_threads, "_openmp", lambda: None))
+        with pytest.raises(ArithmeticError, match="from a thread"):
+            cpu_threads.run_on_threads(fail, 2)
 
 
 def _attend_in_child(queue: multiprocessing.Queue, tensors: list[Tensor]) -> None:
