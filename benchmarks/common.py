@@ -76,12 +76,21 @@ def matrix_product(dtype: torch.dtype, device: str) -> tuple[Callable[[], Tensor
     return lambda: a @ b, 2 * PRODUCT_SIZE**3
 
 
+_PRINT_PEAK = """
+import pathlib, resource, sys
+status = pathlib.Path("/proc/self/status")
+if status.exists():  # on Linux, getrusage also counts the process that started this one
+    print(next(line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM")))
+else:
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1024 if sys.platform == "darwin" else 1))
+"""
+
+
 def peak_memory(code: str) -> float:
     """Peak resident memory in GiB of a fresh Python process that runs `code`."""
-    report = "import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
-    done = subprocess.run([sys.executable, "-c", f"{code}\n{report}"], check=True, capture_output=True, text=True)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return int(done.stdout.split()[-1]) * unit / 2**30
+    command = [sys.executable, "-c", f"{code}\n{_PRINT_PEAK}"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return int(done.stdout.split()[-1]) / 2**20
 
 
 def machine(device: str) -> dict[str, Any]:

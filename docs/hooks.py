@@ -37,7 +37,7 @@ def mechanism_page(name: str) -> str:
 
 What the marked query reaches in a layer with random weights: {
         "the mechanism's own weights, averaged over heads and inputs"
-        if info.layer.exact_map
+        if info.exact_map
         else "the gradient of its output, since the mechanism has no attention weights"
     }.
 

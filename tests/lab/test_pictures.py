@@ -17,7 +17,7 @@ def test_every_attention_can_draw_where_it_looks(name: str) -> None:
     assert weights.shape == grid
     assert weights.min() >= 0
     assert weights.sum() == pytest.approx(1, abs=1e-4)
-    assert exact == info.layer.exact_map
+    assert exact == info.exact_map
 
 
 def test_global_attention_reaches_everything_and_a_neighborhood_its_window() -> None:
@@ -50,5 +50,5 @@ def test_a_query_outside_the_grid_is_refused() -> None:
 
 
 def test_the_module_writes_one_file_a_mechanism(tmp_path) -> None:
-    main(["--out", str(tmp_path), "--attention", "glob*", "--grid", "6"])
+    main(["--out", str(tmp_path), "--attention", "*lobal", "--grid", "6"])
     assert [file.name for file in tmp_path.iterdir()] == ["global.png"]

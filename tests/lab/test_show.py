@@ -16,7 +16,7 @@ from gridattn.layers import attention_info, list_attentions
 def test_every_mechanism_can_be_shown_and_the_title_says_what_is_drawn(name: str) -> None:
     shown = show("rocket", name, image_size=56)
     (view,) = shown.views
-    assert view.exact == attention_info(name).layer.exact_map
+    assert view.exact == attention_info(name).exact_map
     assert np.isfinite(view.weights).all()
     assert view.weights.sum() == pytest.approx(1, abs=1e-3)
     title = shown.figure.axes[1].get_title()

@@ -195,7 +195,7 @@ def test_without_an_openmp_runtime_a_pool_of_threads_gives_the_same() -> None:
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        with mock.patch.object(cpu_threads, "_openmp", lambda: None):
+        with mock.patch.object(cpu_threads, "_openmp", return_value=None):
             got = results(cpu.attend, plan, tensors)
     finally:
         torch.set_num_threads(threads)
@@ -209,7 +209,7 @@ def test_an_error_on_any_thread_reaches_the_caller(has_openmp: bool) -> None:
 
     with contextlib.ExitStack() as stack:
         if not has_openmp:
-            stack.enter_context(mock.patch.object(cpu_threads, "_openmp", lambda: None))
+            stack.enter_context(mock.patch.object(cpu_threads, "_openmp", return_value=None))
         with pytest.raises(ArithmeticError, match="from a thread"):
             cpu_threads.run_on_threads(fail, 2)
 

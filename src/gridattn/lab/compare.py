@@ -144,7 +144,7 @@ def _head(name: str, settings: CompareSettings) -> Row:
         "name": name,
         "summary": info.summary,
         "source": info.source,
-        "exact_map": info.layer.exact_map,
+        "exact_map": info.exact_map,
         "options": options,
     }
 

@@ -46,7 +46,7 @@ def _attentions() -> list[Row]:
             "axes": list(info.ranks),
             "causal": info.causal,
             "linear_cost": info.linear_cost,
-            "exact_map": info.layer.exact_map,
+            "exact_map": info.exact_map,
             "options": list(info.options),
         }
         for info in infos

@@ -133,6 +133,7 @@ class AgentMixer(nn.Module):
     summary="agents pooled from the queries gather from all positions and hand out to all positions",
     source="arXiv 2312.08874",
     linear_cost=True,
+    exact_map=True,
 )
 @register_attention(
     "agent_pyramid",

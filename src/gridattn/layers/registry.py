@@ -25,6 +25,7 @@ class AttentionInfo:
         causal: whether it takes `is_causal`.
         linear_cost: whether its cost grows linearly with the number of positions.
         min_size: smallest grid size per axis.
+        exact_map: whether `attention_map` gives the mechanism's own weights rather than gradients.
         defaults: keywords that distinguish this name from others of the same class.
     """
 
@@ -36,6 +37,7 @@ class AttentionInfo:
     causal: bool
     linear_cost: bool
     min_size: int
+    exact_map: bool
     defaults: dict[str, Any]
 
     @property
@@ -57,15 +59,20 @@ def register_attention(
     causal: bool = False,
     linear_cost: bool = False,
     min_size: int = 1,
+    exact_map: bool | None = None,
     **defaults: Any,
 ) -> Callable[[Layer], Layer]:
-    """Class decorator that enters a layer under `name`; `defaults` are constructor keywords fixed for that name."""
+    """Class decorator that enters a layer under `name`.
+
+    `exact_map` is the class's own unless given; `defaults` are constructor keywords fixed for that name.
+    """
 
     def enter(layer: Layer) -> Layer:
         if name in _REGISTRY:
             raise ValueError(f"attention {name!r} is registered twice")
+        exact = layer.exact_map if exact_map is None else exact_map
         _REGISTRY[name] = AttentionInfo(
-            name, layer, summary, source, tuple(ranks), causal, linear_cost, min_size, defaults
+            name, layer, summary, source, tuple(ranks), causal, linear_cost, min_size, exact, defaults
         )
         return layer
 

@@ -46,7 +46,7 @@ ADAPTERS = {"LKA": large_kernel, "Block": block, "VAN": classifier, "VAN(dense b
 PENDING = {"FPN + FPNHead": "the segmentation head belongs to a system"}
 DISPUTED = {
     ("tiny_seg", "grad.x"): (
-        "the stored gradient is uncorrelated with ours (-0.02), which agrees with finite differences in float64, while all "
-        "outputs agree; no choice of cotangents gives it at the stored input"
+        "the stored gradient is uncorrelated with ours (-0.02), which agrees with finite differences in float64, while "
+        "all outputs agree; no choice of cotangents gives it at the stored input"
     )
 }

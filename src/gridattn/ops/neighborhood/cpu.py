@@ -4,10 +4,8 @@ The operators are `gridattn::neighborhood_cpu` and `gridattn::neighborhood_cpu_b
 computed with in float32. All results are deterministic and do not depend on the number of threads.
 """
 
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from gridattn.ops.neighborhood.cpu_threads import run_on_threads
 from gridattn.ops.neighborhood.cpu_tiles import LANES, Tiling, make_tiling
 from gridattn.ops.neighborhood.plan import Plan, make_plan
 
@@ -221,20 +220,7 @@ def _work(query: Tensor, value: Tensor, plan: Plan) -> int:
 
 
 def _launch(kernel: Callable[..., None], problem: tuple, sources: np.ndarray, items: int, work: int) -> None:
-    """Runs a kernel on as many threads as PyTorch uses; the calling thread is one of them."""
+    """Runs a kernel on as many threads as PyTorch uses."""
     counter = np.zeros(1, dtype=np.int64)
-    helpers = 0 if work < _SERIAL_WORK else min(torch.get_num_threads(), items) - 1
-    futures = [_pool().submit(kernel, *problem, counter, sources) for _ in range(helpers)]
-    kernel(*problem, counter, sources)
-    for future in futures:
-        if not future.cancel():  # a helper that has not begun yet finds nothing left to do
-            future.result()
-
-
-@cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="gridattn")
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked process has none of its parent's threads
+    threads = 1 if work < _SERIAL_WORK else min(torch.get_num_threads(), items)
+    run_on_threads(partial(kernel, *problem, counter, sources), threads)
