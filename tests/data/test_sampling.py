@@ -65,7 +65,7 @@ def test_skipped_batches_leave_the_rest_of_that_epoch_in_order() -> None:
 
 
 def test_a_batch_larger_than_the_data_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"batch_size=8 on 2 process\(es\) exceeds the 10 training images; at most 5"):
+    with pytest.raises(ValueError, match=r"batch_size=8 on 2 process\(es\) exceeds the 10 training samples; at most 5"):
         EpochSampler(range(10), 8, shuffle=True, world_size=2)
 
 

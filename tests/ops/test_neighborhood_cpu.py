@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from gridattn.ops.neighborhood import cpu, cpu_threads, cpu_tiles, reference
+from gridattn.ops.neighborhood import cpu, cpu_rows, cpu_threads, cpu_tiles, reference
 from gridattn.ops.neighborhood.plan import Plan, make_plan
 
 
@@ -64,6 +64,59 @@ def test_agrees_with_the_definition_however_the_grid_is_cut(plan, has_bias, has_
     cpu_tiles.make_tiling.cache_clear()
     for name, expected in results(reference.attend, plan, tensors, **options).items():
         torch.testing.assert_close(got[name], expected, rtol=2e-4, atol=5e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@settings(deadline=None, max_examples=40)
+@given(plan=plans(), has_bias=st.booleans(), one_block=st.booleans(), depths=st.data())
+def test_rows_agree_with_the_definition_wherever_they_fit(plan, has_bias, one_block, depths) -> None:
+    plan = make_plan(plan.grid, plan.kernel_size, (*plan.stride[:-1], 1), plan.dilation)
+    depth, value_depth = depths.draw(st.sampled_from([(8, 8), (5, 37), (33, 16)]))
+    heads, key_heads = depths.draw(st.sampled_from([(2, 2), (4, 2), (2, 1)]))
+    dtype = depths.draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    tensors = [t.detach() for t in draw_tensors(plan, heads, key_heads, depth, value_depth, dtype=dtype).values()]
+    bias = draw_bias(plan, heads).detach() if has_bias else None
+    assert cpu_rows.fits_rows(plan) == cpu_rows.HAS_PERMUTE
+    cpu_rows.make_rows.cache_clear()
+    with (
+        mock.patch.object(cpu_tiles, "BLOCK_BYTES", 2**30 if one_block else 2**14),
+        mock.patch.object(cpu, "_forward_tiles", cpu._forward_tiles if not cpu_rows.HAS_PERMUTE else None),
+        mock.patch.object(cpu, "LONGEST_ROW", 99),
+    ):
+        got = cpu.attend(*tensors, plan, 0.3, bias)
+    cpu_rows.make_rows.cache_clear()
+    wide = [t.float() for t in tensors]
+    for found, expected in zip(got, reference.attend(*wide, plan, 0.3, bias)):
+        rounding = 1e-2 if found.dtype == torch.bfloat16 else 2e-5
+        torch.testing.assert_close(found.float(), expected, rtol=rounding, atol=rounding)
+
+
+def test_rows_need_windows_that_begin_within_one_vector_of_keys() -> None:
+    assert not cpu_rows.fits_rows(make_plan((40, 40), 9, is_causal=(False, True)))
+    assert not cpu_rows.fits_rows(make_plan((40, 40), 12, stride=(1, 12)))
+    assert cpu_rows.fits_rows(make_plan((40, 40), 12, stride=(12, 1), dilation=(1, 3))) == cpu_rows.HAS_PERMUTE
+
+
+def test_a_query_with_a_nan_does_not_reach_its_neighbours() -> None:
+    plan = make_plan((9, 20), 5)
+    query, key, value = (torch.randn(1, 9, 20, 2, 8) for _ in range(3))
+    query[0, 4, 7, 1] = torch.nan
+    out, lse = cpu.attend(query, key, value, plan, 1.0)
+    spoilt = torch.zeros(1, 9, 20, 2, dtype=torch.bool)
+    spoilt[0, 4, 7, 1] = True
+    assert torch.equal(out.isnan().any(-1), spoilt)
+    assert torch.equal(lse.isnan(), spoilt)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_calls_that_nothing_follows_give_what_the_operator_gives(context) -> None:
+    plan = make_plan((9, 20), 5)
+    tensors = [torch.randn(1, 9, 20, 2, 8, requires_grad=True) for _ in range(3)]
+    out, lse = cpu.attend(*tensors, plan, 1.0)
+    assert out.grad_fn is not None
+    with context():
+        again, lse_again = cpu.attend(*tensors, plan, 1.0)
+    assert torch.equal(out, again)
+    assert torch.equal(lse, lse_again)
 
 
 def positions(table: np.ndarray, axis: int, plan: Plan, columns: tuple[int, int]) -> set[int]:

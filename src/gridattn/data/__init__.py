@@ -2,7 +2,7 @@
 
 from gridattn.data.datasets import ImageDataset, list_datasets, load_dataset
 from gridattn.data.images import find_images, read_image, usable_images
-from gridattn.data.sampling import Draws, EpochSampler, seeded
+from gridattn.data.sampling import Draws, EpochSampler, SeededSamples, seeded
 from gridattn.data.transforms import Preprocess, train_transform
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "EpochSampler",
     "ImageDataset",
     "Preprocess",
+    "SeededSamples",
     "find_images",
     "list_datasets",
     "load_dataset",

@@ -47,38 +47,69 @@ def seed_generators(*key: int) -> None:
     torch.default_generator.manual_seed(int(words[2]))
 
 
-class Draws(Dataset[tuple[Tensor, int]]):
-    """Samples of `source` by draw number, transformed under generators seeded from (seed, draw).
+class SeededSamples(Dataset[Any]):
+    """Samples by draw number, made under generators seeded from (seed, draw).
+
+    A subclass defines `__len__`, `sample` and, where it is used for validation in several processes, `padding`. It may
+    define `collate`, which makes a batch of a list of samples.
+
+    Args:
+        seed: the run's seed.
+    """
+
+    collate: Callable[[list[Any]], Any] | None = None
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def sample(self, index: int) -> Any:
+        """The sample of an index below the length; may use any of the global CPU generators."""
+        raise NotImplementedError
+
+    def padding(self) -> Any:
+        """A sample for a draw of -1, which the metrics pass over."""
+        raise NotImplementedError
+
+    def __getitem__(self, draw: int) -> Any:
+        return self.__getitems__([draw])[0]
+
+    def __getitems__(self, draws: Sequence[int]) -> list[Any]:
+        with seeded(self.seed):
+            return [self._drawn(draw) for draw in draws]
+
+    def _drawn(self, draw: int) -> Any:
+        if draw < 0:
+            return self.padding()
+        seed_generators(self.seed, draw)
+        return self.sample(draw % len(self))
+
+
+class Draws(SeededSamples):
+    """Transformed images and their labels, by draw number; padding is an image of zeros with the label -1.
 
     Args:
         source: gives `(image, label)` for an index.
         transform: maps the image to a tensor; may use any of the global CPU generators.
         seed: the run's seed.
-
-    A draw of -1 is padding: an image of zeros with the label -1.
     """
 
     def __init__(self, source: Any, transform: Callable[[Any], Tensor], seed: int = 0) -> None:
+        super().__init__(seed)
         self.source = source
         self.transform = transform
-        self.seed = seed
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, draw: int) -> tuple[Tensor, int]:
-        return self.__getitems__([draw])[0]
-
-    def __getitems__(self, draws: Sequence[int]) -> list[tuple[Tensor, int]]:
-        with seeded(self.seed):
-            return [self._sample(draw) for draw in draws]
-
-    def _sample(self, draw: int) -> tuple[Tensor, int]:
-        if draw < 0:
-            return torch.zeros_like(self._sample(0)[0]), -1
-        seed_generators(self.seed, draw)
-        image, label = self.source[draw % len(self.source)]
+    def sample(self, index: int) -> tuple[Tensor, int]:
+        image, label = self.source[index]
         return self.transform(image), label
+
+    def padding(self) -> tuple[Tensor, int]:
+        return torch.zeros_like(self._drawn(0)[0]), -1
 
 
 class EpochSampler(Sampler[int]):
@@ -117,7 +148,7 @@ class EpochSampler(Sampler[int]):
     ) -> None:
         if shuffle and len(data) < batch_size * world_size:
             raise ValueError(
-                f"batch_size={batch_size} on {world_size} process(es) exceeds the {len(data)} training images; "
+                f"batch_size={batch_size} on {world_size} process(es) exceeds the {len(data)} training samples; "
                 f"at most {len(data) // world_size} is allowed"
             )
         self.data, self.batch_size, self.shuffle, self.seed = data, batch_size, shuffle, seed

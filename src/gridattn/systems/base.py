@@ -5,7 +5,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import lightning as L
@@ -31,6 +31,27 @@ _NO_NEWS = ("dataloader is not", "does not have many workers", "smaller than the
 
 
 @dataclass(frozen=True)
+class Demo:
+    """What the recipe `demo` of a system shows, on embedded data in minutes.
+
+    Attributes:
+        metric: entry of what `train` returns.
+        threshold: what a working implementation reaches.
+        baseline: what `metric` is without learning, and how that is found.
+        ablation: settings that take the mechanism out and leave the rest.
+        margin: by how much the ablated run ends worse, at least.
+        higher_is_better: whether large values of the metric are good.
+    """
+
+    metric: str
+    threshold: float
+    baseline: str
+    ablation: Mapping[str, Any] = field(default_factory=dict)
+    margin: float = 0.0
+    higher_is_better: bool = True
+
+
+@dataclass(frozen=True)
 class System:
     """A task that can be trained, evaluated and run.
 
@@ -41,6 +62,7 @@ class System:
         train: takes the settings; returns the metrics of the finished run.
         evaluate: takes an exported model (`checkpoint`) and `data`; returns metrics.
         predict: takes an exported model (`checkpoint`), inputs and an `output` folder; returns the predictions.
+        demo: what its recipe `demo` shows.
     """
 
     slug: str
@@ -49,6 +71,7 @@ class System:
     train: Callable[[Any], dict[str, Any]]
     evaluate: Callable[..., dict[str, Any]]
     predict: Callable[..., Any]
+    demo: Demo | None = None
 
     def parse(self, argv: Sequence[str]) -> RunSettings:
         """The settings that command line arguments of `gridattn train` describe (`parse_settings`)."""
@@ -86,17 +109,20 @@ class Task(L.LightningModule):
             optimizer = create_optimizer_v2(self.model, settings.opt, **options)
         except (AssertionError, TypeError) as error:
             raise ValueError(f"opt={settings.opt!r} with {options} is not allowed: {error}") from None
-        scheduler, _ = create_scheduler_v2(
-            optimizer,
-            settings.schedule,
-            num_epochs=settings.epochs,
-            cooldown_epochs=settings.cooldown_epochs,
-            min_lr=settings.min_lr,
-            warmup_epochs=settings.warmup_epochs,  # pyright: ignore[reportArgumentType]  a fraction is fine per step
-            warmup_lr=settings.warmup_lr,
-            step_on_epochs=False,
-            updates_per_epoch=steps_per_epoch,
-        )
+        course = {
+            "num_epochs": settings.epochs,
+            "cooldown_epochs": settings.cooldown_epochs,
+            "min_lr": settings.min_lr,
+            "warmup_epochs": settings.warmup_epochs,
+            "warmup_lr": settings.warmup_lr,
+            **settings.schedule_options,
+        }
+        try:
+            scheduler, _ = create_scheduler_v2(
+                optimizer, settings.schedule, step_on_epochs=False, updates_per_epoch=steps_per_epoch, **course
+            )
+        except (AssertionError, TypeError) as error:
+            raise ValueError(f"schedule={settings.schedule!r} with {course} is not allowed: {error}") from None
         if scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -144,6 +170,7 @@ class Loaders(L.LightningDataModule):
             data,
             settings.batch_size,
             sampler=sampler,
+            collate_fn=getattr(data, "collate", None),
             num_workers=settings.workers,
             persistent_workers=settings.workers > 0,
             pin_memory=trainer.strategy.root_device.type == "cuda",

@@ -5,20 +5,27 @@ computed with in float32. All results are deterministic and do not depend on the
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
+from math import e, log2, prod
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import Parameter
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
+from gridattn.ops.neighborhood.cpu_rows import ROW_LANES, fits_rows, make_rows
 from gridattn.ops.neighborhood.cpu_threads import run_on_threads
-from gridattn.ops.neighborhood.cpu_tiles import LANES, Tiling, make_tiling
+from gridattn.ops.neighborhood.cpu_tiles import LANES, MIN_ITEMS, Tiling, make_tiling
 from gridattn.ops.neighborhood.plan import Plan, make_plan
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+LONGEST_ROW = 16  # keys of a window on a line up to which the row kernel is the faster one, measured
 _SERIAL_WORK = 2_000_000  # multiply-adds below which waking another thread costs more than it brings
+LOG2_E = log2(e)
 _NO_TENSOR = np.empty(0, dtype=np.bool_)
 
 
@@ -57,9 +64,28 @@ def attend(
         (B, *grid, Hq, Dv) in the type of `query`, and the log-sum-exp of the logits (B, *grid, Hq) in float32 or
         float64; both are differentiable. A query that sees no key gives 0 and -inf.
     """
+    tensors = [t for t in (query, key, value, bias, key_mask) if t is not None]
+    if _is_plain(tensors):
+        return _compute(query, key, value, bias, key_mask, plan, scale)
     of = plan.axes  # torch.compile reads the fields of a plan, not its properties
     geometry = [[a.kernel for a in of], [a.stride for a in of], [a.dilation for a in of], [a.causal for a in of]]
     return torch.ops.gridattn.neighborhood_cpu(query, key, value, bias, key_mask, *geometry, scale)
+
+
+def _is_plain(tensors: list[Tensor]) -> bool:
+    """Whether nothing follows this call: no gradient, compiler, tracer, transform or mode.
+
+    The kernel can then be called without PyTorch's dispatcher, which takes longer than a small problem.
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or is_in_torch_dispatch_mode()
+        or torch.overrides.has_torch_function(tensors)
+        or any(type(t) is not Tensor and type(t) is not Parameter for t in tensors)
+        or any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors)  # pyright: ignore[reportAttributeAccessIssue]
+        or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+    )
 
 
 @torch.library.custom_op("gridattn::neighborhood_cpu", mutates_args=(), device_types="cpu")
@@ -67,30 +93,71 @@ def _forward(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, key_mask: Tensor | None,
     kernel_size: list[int], stride: list[int], dilation: list[int], is_causal: list[bool], scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    from gridattn.ops.neighborhood.cpu_kernels import SOURCES, forward
-
-    out, lse = _empty_results(query, value)
-    if out.numel() == 0:
-        return out, lse
     plan = make_plan(query.shape[1:-2], kernel_size, stride, dilation, is_causal)
-    tiling = _tiling(plan, key, value, lse)
-    query, key, value, result = map(_stored, (query, key, value, out))
-    tensors = (query, key, value, key_mask, result, lse)
-    arrays = (*map(_flat, (query, key, value)), _bias_tables(bias, lse), *map(_flat, (key_mask, result, lse)))
-    problem = (*arrays, _strides(tensors, plan.rank), _sizes(query, key, value), scale, *tiling.tables, tiling.items)
-    _launch(
-        forward,
-        problem,
-        SOURCES,
-        items=len(tiling.items) * key.shape[0] * key.shape[-2],
-        work=_work(query, value, plan),
-    )
-    return out if result is out else out.copy_(result), lse
+    return _compute(query, key, value, bias, key_mask, plan, scale)
 
 
 @_forward.register_fake
 def _(query, key, value, bias, key_mask, kernel_size, stride, dilation, is_causal, scale):
     return _empty_results(query, value)
+
+
+def _compute(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, key_mask: Tensor | None, plan: Plan, scale: float
+) -> tuple[Tensor, Tensor]:
+    out, lse = _empty_results(query, value)
+    if out.numel() == 0:
+        return out, lse
+    query, key, value, result = map(_stored, (query, key, value, out))
+    if key_mask is None and lse.dtype == torch.float32 and _rows_are_faster(plan):
+        _forward_rows(query, key, value, bias, plan, scale, result, lse)
+    else:
+        _forward_tiles(query, key, value, bias, key_mask, plan, scale, result, lse)
+    return out if result is out else out.copy_(result), lse
+
+
+def _rows_are_faster(plan: Plan) -> bool:
+    """Whether the row kernel can take a problem and, as measured, takes less time: it can share no key on a line."""
+    return (plan.rank > 1 or plan.axes[0].kernel <= LONGEST_ROW) and fits_rows(plan)
+
+
+def _forward_tiles(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, key_mask: Tensor | None, plan: Plan, scale: float,
+    out: Tensor, lse: Tensor,
+) -> None:  # fmt: skip
+    """Fills `out` and `lse` by the kernel whose lanes are the queries of a tile."""
+    from gridattn.ops.neighborhood.cpu_kernels import SOURCES, forward
+
+    tiling = _tiling(plan, key, value, lse)
+    tensors = (query, key, value, key_mask, out, lse)
+    arrays = (*map(_flat, (query, key, value)), _bias_tables(bias, lse), *map(_flat, (key_mask, out, lse)))
+    problem = (*arrays, _strides(tensors, plan.rank), _sizes(query, key, value), scale, *tiling.tables, tiling.items)
+    items = len(tiling.items) * key.shape[0] * key.shape[-2]
+    _launch(forward, problem, SOURCES, items, _work(query, value, plan))
+
+
+def _forward_rows(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, plan: Plan, scale: float, out: Tensor, lse: Tensor
+) -> None:
+    """Fills `out` and `lse` by the kernel whose lanes are the queries of a row."""
+    from gridattn.ops.neighborhood.cpu_row_kernel import SOURCES, forward_rows
+
+    tables, bias_size = _zeros(prod(2 * k - 1 for k in plan.kernel_size) + ROW_LANES), 0
+    if bias is not None:
+        table = bias.detach().to(lse.dtype).flatten(1) * LOG2_E
+        # A vector of bias entries may reach past the last one.
+        tables, bias_size = F.pad(table.flatten(), (0, ROW_LANES)).numpy(), table.shape[1]
+    pairs = key.shape[0] * key.shape[-2]
+    rows = make_rows(plan, (key.shape[-1] + value.shape[-1]) * lse.element_size(), pairs, MIN_ITEMS)
+    tensors = (query, key, value, out, lse)
+    q, k, v, *results = map(_flat, tensors)
+    problem = (q, k, v, tables, *results, _strides(tensors, plan.rank), _sizes(query, key, value), scale, bias_size)
+    _launch(forward_rows, (*problem, *rows.tables), SOURCES, len(rows.items) * pairs, _work(query, value, plan))
+
+
+@cache
+def _zeros(count: int) -> np.ndarray:
+    return np.zeros(count, np.float32)
 
 
 @torch.library.custom_op("gridattn::neighborhood_cpu_backward", mutates_args=(), device_types="cpu")
@@ -185,6 +252,8 @@ def _flat(tensor: Tensor | None) -> np.ndarray:
         return _NO_TENSOR
     tensor = tensor.detach()
     tensor = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
+    if tensor.is_contiguous():
+        return tensor.view(-1).numpy()
     span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
     return tensor.as_strided((span,), (1,)).numpy()
 

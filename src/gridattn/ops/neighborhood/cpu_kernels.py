@@ -11,6 +11,7 @@ import inspect
 import math
 from collections.abc import Callable
 from hashlib import sha256
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -57,7 +58,7 @@ from gridattn.ops.neighborhood.cpu_vector import take_next
 LN_2 = math.log(2.0)
 
 
-def _kernel(function: Callable[..., None]) -> Any:
+def compiled(function: Callable[..., None]) -> Any:
     """Compiles on the first call, and keeps the result on disk where there is a folder that may be written."""
     try:
         return njit(nogil=True, cache=True)(function)
@@ -65,15 +66,22 @@ def _kernel(function: Callable[..., None]) -> Any:
         return njit(nogil=True)(function)
 
 
-# numba's cache of compiled kernels goes by this file and the arguments' types: this type names the other files' text.
-_TEXT = "".join(map(inspect.getsource, (cpu_blocks, cpu_products, cpu_tiles, cpu_vector)))
-SOURCES = np.empty(0, dtype=[(f"sources_{sha256(_TEXT.encode()).hexdigest()[:16]}", np.int8)])
+def sources(*modules: ModuleType) -> np.ndarray:
+    """An argument whose type names the text of modules.
+
+    numba's cache of compiled kernels goes by the kernel's own file and the types of its arguments alone.
+    """
+    text = "".join(map(inspect.getsource, modules))
+    return np.empty(0, dtype=[(f"sources_{sha256(text.encode()).hexdigest()[:16]}", np.int8)])
 
 
-@_kernel
+SOURCES = sources(cpu_blocks, cpu_products, cpu_tiles, cpu_vector)
+
+
+@compiled
 def forward(
     query, key, value, bias, key_mask, out, lse, strides, sizes, scale,
-    step, kernel, shape, tiles, runs, blocks, patterns, capacity, items, counter, sources,
+    step, kernel, shape, tiles, runs, blocks, patterns, capacity, items, counter, texts,
 ):  # fmt: skip
     """Attends for the items of the forward pass until `counter` reaches their number.
 
@@ -83,7 +91,7 @@ def forward(
         sizes: batch, query heads, key heads, depth of keys, depth of values.
         step, kernel, shape: dilation, kernel size and tile shape along each axis.
         tiles, runs, blocks, patterns, capacity: see `Tiling`. items: the blocks to work on.
-        counter: (1,) the next item, shared by all threads. sources: SOURCES.
+        counter: (1,) the next item, shared by all threads. texts: SOURCES.
     """
     batch, heads, key_heads, depth, value_depth = sizes
     members = heads // key_heads
@@ -151,10 +159,10 @@ def forward(
                     store_queries(peak, ones, lse_stride, sample, head, step, tile, shape, 1, 1, lse)
 
 
-@_kernel
+@compiled
 def backward(
     query, key, value, bias, key_mask, out, lse, d_out, d_lse, d_query, d_key, d_value, d_bias, strides, sizes, scale,
-    step, kernel, shape, tiles, runs, blocks, patterns, capacity, items, counter, sources,
+    step, kernel, shape, tiles, runs, blocks, patterns, capacity, items, counter, texts,
 ):  # fmt: skip
     """Adds the gradients of the items of one phase, whose blocks share no key; dS = P * (dP - sum(dO * O) + dlse).
 

@@ -47,19 +47,21 @@ def scores(v, a, a_start, pitch, depth, rows, count, b, initial, initial_step, o
     v.store(largest[0], peak, int64(0))
 
 
-@vector_loop
-def exponentials(v, x, count, shift, total):
+def emit_exponentials(v, x, count, shift, total):
     """x[i, lane] becomes 2^(x[i, lane] - shift[lane]), which must be at most about 1; total[lane] is the sum over i."""
     builder = v.builder
     sums = Sums(v, 1)
     sums[0] = v.constant(0.0)
     shifts = v.load(shift, int64(0))
     with count_up(builder, int64(0), count) as (i, _):
-        at = builder.mul(i, int64(LANES))
+        at = builder.mul(i, int64(v.width))
         power = v.exp2(builder.fsub(v.load(x, at), shifts))
         v.store(power, x, at)
         sums[0] = builder.fadd(sums[0], power)
     v.store(sums[0], total, int64(0))
+
+
+exponentials = vector_loop(emit_exponentials)
 
 
 @vector_loop
@@ -144,10 +146,7 @@ def transpose(v, rows, pitch, out):
     builder = v.builder
     with count_up(builder, int64(0), pitch, LANES) as (d, _):
         block = [v.load(rows, builder.add(d, builder.mul(int64(lane), pitch))) for lane in range(LANES)]
-        for _ in range(LANES.bit_length() - 1):
-            pairs = list(zip(block[: LANES // 2], block[LANES // 2 :]))
-            block = [v.interleave(a, b, first) for a, b in pairs for first in (0, LANES // 2)]
-        for i, vector in enumerate(block):
+        for i, vector in enumerate(v.transposed(block)):
             v.store(vector, out, builder.mul(builder.add(d, int64(i)), int64(LANES)))
 
 

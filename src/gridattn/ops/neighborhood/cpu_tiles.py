@@ -78,7 +78,7 @@ def _tile_shape(axes: tuple[AxisPlan, ...]) -> tuple[int, ...]:
     )
 
 
-def _block_splits(
+def block_splits(
     axes: tuple[AxisPlan, ...], shape: tuple[int, ...], row_bytes: int, min_blocks: int
 ) -> tuple[int, ...]:
     """Into how many blocks a dilation group is cut along each axis: the longest first, until the keys fit."""
@@ -135,7 +135,7 @@ def _axis_tables(
     return tiles, runs, blocks, lanes[examples], phases
 
 
-def _stack(tables: Sequence) -> np.ndarray:
+def stack_tables(tables: Sequence) -> np.ndarray:
     """One int64 array of tables that differ in length, filled up with zeros."""
     arrays = [np.asarray(table, dtype=np.int64) for table in tables]
     stacked = np.zeros((len(arrays), max(map(len, arrays)), *arrays[0].shape[1:]), dtype=np.int64)
@@ -155,7 +155,7 @@ def make_tiling(plan: Plan, row_bytes: int, heads: int) -> Tiling:
     """
     axes = (AxisPlan(1, 1),) * (3 - plan.rank) + plan.axes
     shape = _tile_shape(axes)
-    splits = _block_splits(axes, shape, row_bytes, ceil(MIN_ITEMS / heads))
+    splits = block_splits(axes, shape, row_bytes, ceil(MIN_ITEMS / heads))
     lane = np.arange(LANES)
     own_lane = np.array(np.unravel_index(np.minimum(lane, prod(shape) - 1), shape))
     own_lane[:, lane >= prod(shape)] = LANES
@@ -169,10 +169,10 @@ def make_tiling(plan: Plan, row_bytes: int, heads: int) -> Tiling:
         step=np.array([axis.dilation for axis in axes]),
         kernel=np.array([axis.kernel for axis in axes]),
         shape=np.array(shape),
-        tiles=_stack(tiles),
-        runs=_stack(runs),
-        blocks=_stack(blocks),
-        patterns=_stack(patterns),
+        tiles=stack_tables(tiles),
+        runs=stack_tables(runs),
+        blocks=stack_tables(blocks),
+        patterns=stack_tables(patterns),
         capacity=np.array(most_keys),
         phases=tuple(np.array(members) for _, members in sorted(by_phase.items())),
     )

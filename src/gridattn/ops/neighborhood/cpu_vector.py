@@ -5,6 +5,7 @@ the speed independent of how well a compiler recognises loops.
 """
 
 import inspect
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numba.extending
@@ -27,6 +28,7 @@ class Vectors:
     """Emits operations on vectors of `width` numbers."""
 
     def __init__(self, context: Any, builder: Any, dtype: types.Float, width: int = LANES):
+        self.context = context
         self.builder = builder
         self.dtype = dtype
         self.width = width
@@ -88,10 +90,29 @@ class Vectors:
         function = cgutils.get_or_insert_function(self.builder.module, function_type, name)
         return self.builder.call(function, [ir.Constant(self.scalar, 0.0), vector], fastmath=("reassoc",))
 
-    def interleave(self, a: ir.Value, b: ir.Value, first: int) -> ir.Value:
-        """LANES numbers taken in turn from `a` and `b`, from lane `first` on."""
-        order = [lane for i in range(first, first + LANES // 2) for lane in (i, i + LANES)]
-        return self.builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(ir.IntType(32), LANES), order))
+    def transposed(self, block: list[ir.Value]) -> list[ir.Value]:
+        """The columns of a square block of numbers given by its rows."""
+        half = self.width // 2
+        for _ in range(self.width.bit_length() - 1):
+            pairs = list(zip(block[:half], block[half:]))
+            block = [self._interleave(a, b, first) for a, b in pairs for first in (0, half)]
+        return block
+
+    def _interleave(self, a: ir.Value, b: ir.Value, first: int) -> ir.Value:
+        """Numbers taken in turn from `a` and `b`, from lane `first` on."""
+        order = [lane for i in range(first, first + self.width // 2) for lane in (i, i + self.width)]
+        return self.builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(ir.IntType(32), self.width), order))
+
+    def permute(self, vector: ir.Value, index: ir.Value) -> ir.Value:
+        """vector[index[lane]] for every lane, in one instruction of AVX2, for 8 numbers of float32."""
+        function_type = ir.FunctionType(self.type, [self.type, self._integers(32)])
+        function = cgutils.get_or_insert_function(self.builder.module, function_type, "llvm.x86.avx2.permps")
+        return self.builder.call(function, [vector, index])
+
+    def load_index(self, array: ir.Value, at: ir.Value) -> ir.Value:
+        """Lane numbers from an array of int32."""
+        pointer = self.builder.bitcast(self.builder.gep(array, [at]), self._integers(32).as_pointer())
+        return self.builder.load(pointer, align=4)
 
     def call(self, name: str, *operands: ir.Value) -> ir.Value:
         function_type = ir.FunctionType(self.type, [self.type] * len(operands))
@@ -108,15 +129,33 @@ class Vectors:
         x = self.builder.select(self.builder.fcmp_ordered("<", x, lowest), lowest, x)  # lets a NaN pass
         n = self.call("llvm.rint", x)
         fraction = self.builder.fsub(x, n)
-        fit = Chebyshev.interpolate(np.exp2, degree, domain=[-0.5, 0.5])
-        coefficients = fit.convert(kind=Polynomial).coef
-        power = self.constant(float(coefficients[-1]))
-        for coefficient in coefficients[-2::-1]:
-            power = self.multiply_add(power, fraction, self.constant(float(coefficient)))
+        power = self._fit(np.exp2, degree, (-0.5, 0.5), fraction)
         exponent = self.builder.fptosi(n, self._integers(bits))
         exponent = self.builder.add(exponent, self._integers(bits, exponent_bias))
         exponent = self.builder.shl(exponent, self._integers(bits, mantissa))
         return self.builder.fmul(power, self.builder.bitcast(exponent, self.type))
+
+    def log2(self, x: ir.Value) -> ir.Value:
+        """log2(x) for normal float32 x > 0, to about 1e-7; a NaN passes."""
+        _, bits, mantissa, exponent_bias = _FORMATS[types.float32]
+        whole = self.builder.bitcast(x, self._integers(bits))
+        exponent = self.builder.sub(
+            self.builder.lshr(whole, self._integers(bits, mantissa)), self._integers(bits, exponent_bias)
+        )
+        one = self._integers(bits, exponent_bias << mantissa)
+        part = self.builder.or_(self.builder.and_(whole, self._integers(bits, (1 << mantissa) - 1)), one)
+        offset = self.builder.fsub(self.builder.bitcast(part, self.type), self.constant(1.5))
+        log = self._fit(lambda t: np.log2(1.5 + t), 9, (-0.5, 0.5), offset)
+        log = self.builder.fadd(log, self.builder.sitofp(exponent, self.type))
+        return self.builder.fadd(log, self.builder.fsub(x, x))
+
+    def _fit(self, function: Callable[..., Any], degree: int, domain: tuple[float, float], x: ir.Value) -> ir.Value:
+        """The polynomial that interpolates a function on a domain."""
+        coefficients = Chebyshev.interpolate(function, degree, domain=domain).convert(kind=Polynomial).coef
+        value = self.constant(float(coefficients[-1]))
+        for coefficient in coefficients[-2::-1]:
+            value = self.multiply_add(value, x, self.constant(float(coefficient)))
+        return value
 
 
 class Sums:
@@ -147,8 +186,21 @@ def whole_blocks(builder: Any, start: ir.Value, stop: ir.Value, block: int) -> i
     return builder.add(start, builder.sub(length, builder.srem(length, int64(block))))
 
 
-def vector_loop(emit: Any) -> Any:
-    """Makes a function that numba code can call out of one that emits instructions.
+def choose(builder: Any, number: ir.Value, cases: Iterable[int], emit: Callable[[int], None]) -> None:
+    """Emits the code of every case; what runs is that of the case whose number it is."""
+    done = builder.append_basic_block("chosen")
+    branches = {case: builder.append_basic_block(f"case{case}") for case in cases}
+    switch = builder.switch(number, done)
+    for case, branch in branches.items():
+        switch.add_case(int64(case), branch)
+        builder.position_at_end(branch)
+        emit(case)
+        builder.branch(done)
+    builder.position_at_end(done)
+
+
+def vector_loop(emit: Any, width: int = LANES) -> Any:
+    """Makes a function that numba code can call out of one that emits instructions on vectors of `width` numbers.
 
     The caller passes arrays, which arrive as pointers to their first element, and integers, which arrive as int64.
     """
@@ -162,7 +214,7 @@ def vector_loop(emit: Any) -> Any:
                 context.make_array(t)(context, builder, argument).data if isinstance(t, types.Array) else argument
                 for t, argument in zip(signature.args, arguments)
             ]
-            emit(Vectors(context, builder, dtype), *operands)
+            emit(Vectors(context, builder, dtype, width), *operands)
             return context.get_dummy_value()
 
         return types.none(*expected), generate
@@ -221,19 +273,24 @@ def add_row(v, source, at, factors, target, to):
     v.store(v.multiply_add(v.load(source, at), factors, v.load(target, to)), target, to)
 
 
+def prefetch(builder: Any, array: ir.Value, index: ir.Value) -> None:
+    """Asks for the cache line of array[index], which may lie outside of the array."""
+    byte, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
+    function_type = ir.FunctionType(ir.VoidType(), [byte, flag, flag, flag])
+    function = cgutils.get_or_insert_function(builder.module, function_type, "llvm.prefetch.p0")
+    address = builder.bitcast(builder.gep(array, [index]), byte)
+    builder.call(function, [address, flag(0), flag(3), flag(1)])  # to read, into all levels, data
+
+
 @intrinsic
 def prefetch_row(typing_context, source, at, length):
     """Asks for `length` numbers of a row, which may lie outside of the array, to be brought into the cache."""
 
     def generate(context, builder, signature, arguments):
         array = context.make_array(signature.args[0])(context, builder, arguments[0]).data
-        byte, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
-        function_type = ir.FunctionType(ir.VoidType(), [byte, flag, flag, flag])
-        function = cgutils.get_or_insert_function(builder.module, function_type, "llvm.prefetch.p0")
         stop = builder.add(arguments[1], arguments[2])
         with count_up(builder, arguments[1], stop, _CACHE_LINE * 8 // source.dtype.bitwidth) as (d, _):
-            address = builder.bitcast(builder.gep(array, [d]), byte)
-            builder.call(function, [address, flag(0), flag(3), flag(1)])  # to read, into all levels, data
+            prefetch(builder, array, d)
         return context.get_dummy_value()
 
     return types.none(source, types.int64, types.int64), generate

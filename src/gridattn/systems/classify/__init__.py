@@ -1,6 +1,6 @@
 """Image classification with any backbone of the library."""
 
-from gridattn.systems.base import System
+from gridattn.systems.base import Demo, System
 from gridattn.systems.classify.evaluate import evaluate_classifier
 from gridattn.systems.classify.export import Classifier, load_classifier, save_classifier
 from gridattn.systems.classify.predict import predict_classes
@@ -14,6 +14,7 @@ SYSTEM = System(
     train=train_classifier,
     evaluate=evaluate_classifier,
     predict=predict_classes,
+    demo=Demo("val_accuracy", threshold=0.9, baseline="1/3, one of three textures by chance"),
 )
 
 __all__ = [

@@ -4,15 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import nn
 
-from gridattn.data import ImageDataset, load_dataset
+from gridattn.data import load_dataset
 from gridattn.models import create_model
-from gridattn.systems.base import fit, model_state, start_run
+from gridattn.systems.base import start_run
 from gridattn.systems.classify.export import Classifier, save_classifier
 from gridattn.systems.classify.task import ClassifySettings, ClassifyTask
-from gridattn.systems.output import RunFolder, load_run_checkpoint, write_json
+from gridattn.systems.output import RunFolder
+from gridattn.systems.trained import train_and_export
 
 SAME = ("data", "image_size", "model", "attention", "model_options", "seed", "batch_size")
 """Settings that a resumed run shares with its checkpoint: they shape the weights or the order of the samples."""
@@ -39,17 +39,11 @@ def train_classifier(settings: ClassifySettings) -> dict[str, Any]:
     )
     model = build_model(settings, len(data.classes))
     task = ClassifyTask(model, settings, len(data.classes))
-    history = fit(task, data.train, data.val, folder, monitor="val_accuracy", mode="max")
-    if rank_zero_only.rank != 0:
-        return {}
-    validated = [row for row in history if "val_accuracy" in row]
-    best = max(validated, key=lambda row: row["val_accuracy"]) if folder.best.is_file() else history[-1]
-    source = folder.best if folder.best.is_file() else folder.last
-    _export(model, settings, data, folder.last, folder.last_model, history[-1])
-    _export(model, settings, data, source, folder.model, best)
-    result = {**best, "parameters": sum(p.numel() for p in model.parameters()), "model": str(folder.model)}
-    write_json(folder.result, result)
-    return result
+
+    def export(target: Path, metrics: dict[str, float]) -> None:
+        save_classifier(Classifier(model, data.classes, data.preprocess, settings.data, settings.seed, metrics), target)
+
+    return train_and_export(task, data.train, data.val, folder, export, monitor="val_accuracy")
 
 
 def build_model(settings: ClassifySettings, num_classes: int) -> nn.Module:
@@ -80,17 +74,3 @@ def build_model(settings: ClassifySettings, num_classes: int) -> nn.Module:
         reason = str(error).splitlines()[0]
         raise ValueError(f"model {settings.model!r} cannot take image_size={settings.image_size}: {reason}") from None
     return model.train()
-
-
-def _export(
-    model: nn.Module,
-    settings: ClassifySettings,
-    data: ImageDataset,
-    checkpoint: Path,
-    folder: Path,
-    metrics: dict[str, float],
-) -> None:
-    model.load_state_dict(model_state(load_run_checkpoint(checkpoint)))
-    save_classifier(
-        Classifier(model, data.classes, data.preprocess, settings.data, settings.seed, dict(metrics)), folder
-    )
