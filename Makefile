@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 UV := $(BIN)/python -m uv
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format bench docs build lock clean
+.PHONY: help demo systems test test-slow lint format bench docs build lock clean
 
 help:
 	@echo "make demo   compare attentions on real photographs; report in runs/demo/report.html"
 	@echo "make test   the whole test suite          make lint   style, types, room contract"
+	@echo "make systems   train the demo of every system, with and without its mechanism"
 	@echo "make bench  side-by-side benchmarks       make docs   the documentation site"
 
 $(BIN)/python:
@@ -48,8 +49,13 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+systems: $(VENV)/.run
+	$(BIN)/gridattn demos --out runs/systems
+
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/neighborhood.py --json runs/bench/neighborhood.json
+	$(BIN)/python benchmarks/layers.py --json runs/bench/layers.json
+	$(BIN)/python benchmarks/models.py --json runs/bench/models.json
 
 docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

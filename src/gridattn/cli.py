@@ -290,6 +290,65 @@ def simulate(
     _print_table("tiles and speed-up bounds", lab.setting_rows(parsed, tiling, sweep, attention_share))
 
 
+@app.command(epilog="Example: `gridattn demos classify segment --out runs/systems`")
+def demos(
+    systems: Annotated[list[str] | None, typer.Argument(help="Systems; all of them without.")] = None,
+    out: Annotated[str, typer.Option(help="Folder of the runs, replaced where they exist.")] = "runs/systems",
+    seed: Annotated[int, typer.Option(help="Of the trainings.")] = 0,
+) -> None:
+    """Train the demo of every system, with and without its mechanism, and say whether what it claims holds."""
+    from gridattn.lab.demos import run_demos
+
+    rows = run_demos(systems or None, out, seed=seed, log=_say)
+    _print_table("demos: reached, and without the mechanism", rows)
+    missed = [row["system"] for row in rows if not row["holds"]]
+    if missed:
+        raise ValueError(f"{len(missed)} of {len(rows)} demos fall short: {', '.join(missed)}")
+
+
+@app.command(epilog="Example: `gridattn convert convit_tiny.pth --model convit_tiny -o convit_tiny.safetensors`")
+def convert(
+    official: Annotated[Path, typer.Argument(help="Weight file as its authors publish it, or one of ours.")],
+    model: Annotated[str, typer.Option(help="One of `gridattn list --models`.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="File *.safetensors; its *.json is put beside it.")],
+    img_size: Annotated[
+        str | None, typer.Option(help="Nominal image size, such as 384 or 256x192; tables of positions are resized.")
+    ] = None,
+    num_classes: Annotated[
+        int | None, typer.Option(help="Classes; where the file has another number, the head stays as initialised.")
+    ] = None,
+) -> None:
+    """Turn a published checkpoint into one that `load_model` reads; every tensor is used or ignored for a reason."""
+    from gridattn.lab.simulate_rows import parse_sizes
+
+    size = None if img_size is None else parse_sizes("img-size", img_size)
+    from gridattn.models import convert as models
+
+    done = models.convert(official, model, out, img_size=size, num_classes=num_classes)
+    print("\n".join([*models.summary(done), f"written: {out} and {out.with_suffix('.json')}"]))
+
+
+@app.command(epilog="Example: `gridattn export nat_mini --format onnx --checkpoint nat.safetensors -o nat.onnx`")
+def export(
+    name: Annotated[str, typer.Argument(help="One of `gridattn list --models`.")],
+    format_: Annotated[str, typer.Option("--format", help="onnx or torch-export.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="File *.onnx or *.pt2.")],
+    checkpoint: Annotated[Path | None, typer.Option(help="Weights; random ones without.")] = None,
+    img_size: Annotated[str | None, typer.Option(help="Image size, such as 384 or 256x192.")] = None,
+    dynamic: Annotated[bool, typer.Option("--dynamic", help="One file for any image size and batch.")] = False,
+) -> None:
+    """Write a backbone as an ONNX file or a torch.export program, and check it against the backbone itself."""
+    from gridattn.lab.simulate_rows import parse_sizes
+
+    size = None if img_size is None else parse_sizes("img-size", img_size)
+    from gridattn.lab.export import export_model
+
+    done = export_model(name, format_, out, checkpoint=checkpoint, img_size=size, dynamic=dynamic)
+    for shape, error in done.errors.items():
+        print(f"relative error at {'x'.join(map(str, shape))}: {error:.1e}")
+    print(f"written: {done.path}")
+
+
 def _system(ctx: typer.Context, slug: str) -> Any:
     """The record of a system; prints the command's own help where no system is named."""
     if slug in ("-h", "--help"):

@@ -102,3 +102,50 @@ def test_settings_that_do_not_fit_are_named() -> None:
         NeighborhoodAttention(16, 2, small_grid="crop")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"stride=\(5, 5\) exceeds kernel_size=\(3, 3\)"):
         NeighborhoodAttention(16, 2, kernel_size=3, stride=5)
+
+
+@pytest.mark.parametrize(
+    ("grid", "options"),
+    [
+        ((9, 7), {"kernel_size": 5, "stride": 2}),
+        ((4, 6), {"kernel_size": 5, "dilation": 2, "small_grid": "pad"}),
+        ((2, 7), {"kernel_size": 5, "dilation": (1, 2), "is_causal": (False, True)}),
+        ((1, 7), {"kernel_size": 5}),
+        ((1, 1), {"kernel_size": 5}),
+    ],
+)
+def test_at_positions_the_layer_gives_what_it_gives_there_on_the_whole_grid(grid, options) -> None:
+    local = layer(**options)
+    x = grid_input(*grid)
+    positions = torch.stack([torch.randint(n, (2, 5)) for n in grid], dim=-1)
+    got = local(x, positions=positions)
+    torch.testing.assert_close(got, local(x)[torch.arange(2)[:, None], positions[..., 0], positions[..., 1]])
+    torch.testing.assert_close(local(x, positions=positions[0])[0], got[0])
+
+
+@pytest.mark.parametrize(
+    ("grid", "options"),
+    [((9, 7), {"stride": 2}), ((4, 6), {"small_grid": "pad"}), ((4, 3), {}), ((1, 7), {}), ((1, 1), {})],
+)
+def test_every_token_gets_the_window_that_it_chose(grid, options) -> None:
+    local = layer(kernel_size=5, token_kernel_sizes=[3, (5, 4)], **options)
+    x = grid_input(*grid)
+    one, two = (local(x, choice=torch.full(grid, number)) for number in (0, 1))
+    choice = torch.randint(2, (2, *grid))
+    torch.testing.assert_close(local(x, choice=choice), torch.where(choice[..., None] == 0, one, two))
+    whole = layer(kernel_size=5, token_kernel_sizes=[5], **options)
+    torch.testing.assert_close(whole(x, choice=torch.zeros(grid, dtype=torch.int64)), whole(x))
+
+
+def test_positions_and_choices_that_do_not_fit_are_named() -> None:
+    x, positions, choice = grid_input(8, 8), torch.zeros(3, 2).long(), torch.zeros(8, 8).long()
+    with pytest.raises(ValueError, match="positions go from 0 to 8 on axis 1; 0 to 7 is allowed"):
+        layer()(x, positions=torch.tensor([[0, 0], [0, 8]]))
+    with pytest.raises(ValueError, match="token_kernel_sizes is empty"):
+        layer()(x, choice=choice)
+    with pytest.raises(ValueError, match="positions and choice are both given"):
+        layer(token_kernel_sizes=[3])(x, positions=positions, choice=choice)
+    with pytest.raises(ValueError, match=r"choice has shape \(8, 7\)"):
+        layer(token_kernel_sizes=[3])(x, choice=choice[:, :7])
+    with pytest.raises(ValueError, match=r"token_kernel_sizes=\(3, 5\) has \(5, 5\); from stride=\(1, 1\)"):
+        layer(token_kernel_sizes=[3, 5])

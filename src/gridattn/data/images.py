@@ -74,6 +74,26 @@ def find_images(folder: str | Path) -> list[Path]:
     )
 
 
+def listed_images(names: Sequence[str]) -> list[Path]:
+    """Files that `names` stand for: image files as they are, folders with all images below them.
+
+    Raises:
+        ValueError: no name, a path that does not exist, or a folder without images.
+    """
+    if not names:
+        raise ValueError("images is empty; name picture files or folders of them")
+    files: list[Path] = []
+    for name in names:
+        path = Path(name).expanduser()
+        found = find_images(path) if path.is_dir() else [path]
+        if not path.exists():
+            raise ValueError(f"image {str(path)!r} does not exist")
+        if not found:
+            raise ValueError(f"folder {str(path)!r} holds no images")
+        files += found
+    return files
+
+
 def usable_images(paths: Sequence[Path]) -> list[Path]:
     """The files of `paths` that decode whole; the others are named in one logged warning with their count."""
 

@@ -75,10 +75,17 @@ def count_macs(model: Backbone, image: Tensor) -> int:
     attention = sum(layer.macs(x.shape[1:-1]) for _, layer, x in model.attention_inputs(image))
     rest = copy.deepcopy(model).eval()
     for name, _ in rest.attention_layers():
-        rest.set_submodule(name, nn.Identity())
+        rest.set_submodule(name, _PassOn())
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         rest(image)
     return attention + counter.get_total_flops() // 2
+
+
+class _PassOn(nn.Module):
+    """Gives back what it is given: a grid, or a grid and a class token."""
+
+    def forward(self, x: Tensor, *more: Tensor) -> Any:
+        return (x, *more) if more else x
 
 
 def step_memory(step: Callable[[], Any], device: torch.device) -> tuple[int, str]:

@@ -349,7 +349,7 @@ def convert_official_agent(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         layer, _, leaf = name.rpartition(".")
         if layer in renamed:
             ours[f"{renamed[layer]}.{leaf}"] = tensor
-        elif layer == "q":
+        elif layer == "q" and f"kv.{leaf}" in state:
             ours[f"qkv.{leaf}"] = torch.cat((tensor, state[f"kv.{leaf}"]))
         elif name in ("ac_bias", "ca_bias"):
             ours["token_key_bias" if name == "ac_bias" else "token_query_bias"] = tensor[0]

@@ -178,7 +178,11 @@ class AgentWindowAttention(GridAttention):
         return rearrange(self.qkv(x), "... (three h d) -> three ... h d", three=3, h=self.num_heads).unbind(0)
 
     def _clip(self, grid: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        # A symbolic size, met while a graph with dynamic sizes is exported, keeps the whole window: padding is masked.
+        # A symbolic size, met while a graph with dynamic sizes is exported, keeps the whole window: the graph refuses
+        # smaller grids, whose windows are cut and so have other agents.
+        for w, size in zip(self.window_size, grid):
+            if not isinstance(size, int):
+                torch._check(size >= w)
         window = tuple(min(w, size) if isinstance(size, int) else w for w, size in zip(self.window_size, grid))
         shift = tuple(w // 2 if self.shifted and w < size else 0 for w, size in zip(window, grid))
         return window, shift

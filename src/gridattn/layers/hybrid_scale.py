@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from math import prod
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch.nn.functional as F
 from einops import rearrange
@@ -292,8 +292,8 @@ class GuidedAttention(nn.Module):
 
     def forward(self, x: Tensor, significance: Tensor) -> Tensor:
         """(B, *grid, C) and (B, *grid) -> (B, *grid, C)."""
-        weights = [sums.get_parameter("weight").squeeze(0) for sums in self.aggregate]
-        biases = [sums.get_parameter("bias") for sums in self.aggregate]
+        sums = [cast(nn.Linear, layer) for layer in self.aggregate]
+        weights, biases = [layer.weight.squeeze(0) for layer in sums], [layer.bias for layer in sums]
         tokens = reallocate_tokens(x.flatten(1, -2), significance.flatten(1), weights, biases)
         return self.attention(x, tokens)
 

@@ -1,14 +1,19 @@
-"""Centroids that follow the vectors of the training batches: online k-means, one set of centroids per head."""
+"""Centroids that follow the vectors of the training batches: online k-means, one set of centroids per head.
+
+Where several processes train together, sums are taken over the batches of all of them, so that the centroids stay equal
+on all and move as they would in one process with the whole batch.
+"""
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from gridattn.ops.centroids import (
     ClusterSums,
     average_step,
     cluster_sums,
-    kmeans_step,
     normalize_vectors,
+    sum_directions,
 )
 from gridattn.ops.common import check_probability, per_axis
 
@@ -55,22 +60,38 @@ class OnlineKMeans(nn.Module):
 
     @torch.no_grad()
     def initialize(self, x: Tensor, iterations: int = 10) -> None:
-        """Places the centroids on K random positions of x, (B, *grid, heads, head_dim), and runs k-means from there."""
-        vectors = x.flatten(0, -3).to(self.means.dtype)
-        count = self.means.shape[1]
-        enough = len(vectors) >= count
-        chosen = torch.randperm(len(vectors))[:count] if enough else torch.randint(len(vectors), (count,))
-        means = vectors[chosen.to(x.device)].transpose(0, 1)
+        """Places the centroids on K random positions of x, (B, *grid, heads, head_dim), and runs k-means from there.
+
+        In several processes x is the part of each, of one shape; sample b of process r is number b * processes + r.
+        """
+        means = self._random_vectors(x)
         for _ in range(iterations):
-            means = kmeans_step(x, means)
+            means = sum_directions(_over_processes(cluster_sums(x, means)), means)
         self.means.copy_(means)
         self.initted.fill_(True)
         self.started = True
 
+    def _random_vectors(self, x: Tensor) -> Tensor:
+        """K of all vectors of x, (heads, K, head_dim), without one twice if there are enough."""
+        vectors = x.flatten(1, -3).to(self.means.dtype)  # (B, N, heads, head_dim)
+        size, rank = (dist.get_world_size(), dist.get_rank()) if _is_distributed() else (1, 0)
+        count, total = self.means.shape[1], vectors.shape[0] * size * vectors.shape[1]
+        chosen = torch.randperm(total)[:count] if total >= count else torch.randint(total, (count,))
+        chosen = chosen.to(x.device)
+        if size > 1:
+            dist.broadcast(chosen, 0)
+        sample, place = chosen // vectors.shape[1], chosen % vectors.shape[1]
+        found = vectors[sample // size, place].transpose(0, 1) * (sample % size == rank).view(-1, 1)
+        found = found.contiguous()
+        if size > 1:
+            dist.all_reduce(found)
+        return found
+
     @torch.no_grad()
     def accumulate(self, x: Tensor) -> None:
         """Notes the k-means step of one batch, (B, *grid, heads, head_dim), not normalised."""
-        step = kmeans_step(normalize_vectors(x.to(self.means.dtype), self.norm), self.means)
+        sums = cluster_sums(normalize_vectors(x.to(self.means.dtype), self.norm), self.means)
+        step = sum_directions(_over_processes(sums), self.means)
         self.pending = step if self.pending is None else torch.lerp(step, self.pending, self.passes / (self.passes + 1))
         self.passes += 1
 
@@ -112,7 +133,7 @@ class AveragedKMeans(nn.Module):
     @torch.no_grad()
     def accumulate(self, x: Tensor) -> None:
         """Adds the vectors of one batch, (B, *grid, heads, head_dim), to their clusters; zero vectors are padding."""
-        sums = cluster_sums(normalize_vectors(x.to(self.means.dtype), self.norm), self.means)
+        sums = _over_processes(cluster_sums(normalize_vectors(x.to(self.means.dtype), self.norm), self.means))
         if self.pending is not None:
             sums = ClusterSums(self.pending.count + sums.count, self.pending.total + sums.total)
         self.pending = sums
@@ -126,3 +147,15 @@ class AveragedKMeans(nn.Module):
             self.ema_means.copy_(averages.total)
             self.means.copy_(averages.means)
         self.pending = None
+
+
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _over_processes(sums: ClusterSums) -> ClusterSums:
+    """Sums over the batches of all processes; as they are in one."""
+    if _is_distributed():
+        for tensor in sums:
+            dist.all_reduce(tensor)
+    return sums

@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from gridattn.layers.common import GridAttention, value_gradient_map
 from gridattn.layers.registry import register_attention
 from gridattn.ops.common import check_channels, check_choice, check_probability, per_axis, per_axis_flag
-from gridattn.ops.neighborhood import make_plan, neighborhood_attention
+from gridattn.ops.neighborhood import (
+    make_plan,
+    neighborhood_attention,
+    neighborhood_attention_at,
+    neighborhood_attention_mixed,
+)
+from gridattn.ops.neighborhood.checks import check_positions, check_window_choice
 from gridattn.ops.relative_bias import crop_relative_bias
 
 
@@ -52,6 +58,8 @@ class NeighborhoodAttention(GridAttention):
         small_grid: what to do where an axis is shorter than `kernel_size * dilation`. `"shrink"` cuts the window, then
             the dilation, to the axis; `"pad"` appends zeros to the input, which are attended to like any position (the
             layout that published NAT and DiNAT weights were trained with); `"error"` refuses.
+        token_kernel_sizes: window sizes, each at most `kernel_size`, among which `forward(x, choice=...)` picks one per
+            token; smaller windows read the middle of the table of position biases.
         backend: implementation of `gridattn.ops.neighborhood_attention`.
 
     Raises:
@@ -64,6 +72,8 @@ class NeighborhoodAttention(GridAttention):
         >>> layer = NeighborhoodAttention(32, num_heads=4, kernel_size=(7, 5), dilation=(1, 2))
         >>> layer(torch.randn(2, 14, 12, 32)).shape
         torch.Size([2, 14, 12, 32])
+        >>> layer(torch.randn(2, 14, 12, 32), positions=torch.tensor([[0, 3], [13, 11]])).shape
+        torch.Size([2, 2, 32])
     """
 
     exact_map = True
@@ -83,6 +93,7 @@ class NeighborhoodAttention(GridAttention):
         scale: float | None = None,
         projection_dropout: float = 0.0,
         small_grid: Literal["shrink", "pad", "error"] = "shrink",
+        token_kernel_sizes: Sequence[int | Sequence[int]] = (),
         backend: str = "auto",
     ) -> None:
         super().__init__(dim, rank=len(grid))
@@ -95,6 +106,7 @@ class NeighborhoodAttention(GridAttention):
         self.dilation = per_axis(dilation, self.rank, "dilation")
         self.is_causal = per_axis_flag(is_causal, self.rank, "is_causal")
         make_plan(self._span(), self.kernel_size, self.stride, self.dilation, self.is_causal)
+        self.token_kernel_sizes = self._check_token_kernel_sizes(token_kernel_sizes)
         self.scale = scale
         self.small_grid = small_grid
         self.backend = backend
@@ -109,17 +121,47 @@ class NeighborhoodAttention(GridAttention):
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(projection_dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, *grid, C) -> (B, *grid, C)."""
+    def forward(self, x: Tensor, *, positions: Tensor | None = None, choice: Tensor | None = None) -> Tensor:
+        """Attends at every position, or at some of them, or with a window size per token.
+
+        Args:
+            x: (B, *grid, C).
+            positions: (M, rank) or (B, M, rank) integers; attend at these positions only.
+            choice: integers that pick one of `token_kernel_sizes` for every token: (*grid), (B, *grid) or
+                (1 or B, *grid, 1 or heads).
+
+        Returns:
+            (B, *grid, C), or (B, M, C) with `positions`.
+
+        Raises:
+            ValueError: positions outside the grid, a choice of another shape or among no sizes, or both of them.
+        """
         grid = self.check_input(x)
-        query, key, value = self._project(x)
-        out = self._attend(query, key, value)[(slice(None), *(slice(0, size) for size in grid))]
+        if positions is not None:
+            if choice is not None:
+                raise ValueError("positions and choice are both given; one of them is allowed")
+            positions = check_positions(positions, len(x), grid, x.device)
+            query, key, value = self._project(x)
+            out = self._attend_at(query, key, value, positions)
+        elif choice is not None:
+            if not self.token_kernel_sizes:
+                raise ValueError("choice is given but token_kernel_sizes is empty; there is nothing to choose from")
+            sizes = len(self.token_kernel_sizes)
+            choice = check_window_choice(choice, len(x), grid, self.num_heads, sizes, x.device)
+            query, key, value = self._project(x)
+            out = self._attend_mixed(query, key, value, choice)[_inside(grid)]
+        else:
+            query, key, value = self._project(x)
+            out = self._attend(query, key, value)[_inside(grid)]
         return self.proj_drop(self.proj(out.flatten(-2)))
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
         if self.small_grid == "pad":
             missing = [max(0, span - size) for span, size in zip(self._span(), x.shape[1:-1])]
             x = F.pad(x, [0, 0] + [amount for pad in reversed(missing) for amount in (0, pad)])
+        return self._heads(x)
+
+    def _heads(self, x: Tensor) -> tuple[Tensor, ...]:
         return rearrange(self.qkv(x), "... (three h d) -> three ... h d", three=3, h=self.num_heads).unbind(0)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -128,17 +170,54 @@ class NeighborhoodAttention(GridAttention):
         if not kernel:
             return value
         q, k, v = (_squeeze_grid(t) for t in (query, key, value))
-        bias = self.relative_position_bias
-        if bias is not None:
-            axes = [axis for axis, size in enumerate(value.shape[1:-2]) if size > 1]
-            cropped = iter(kernel)
-            bias = crop_relative_bias(bias, [next(cropped) if axis in axes else 1 for axis in range(self.rank)])
-            bias = bias.reshape(self.num_heads, *(2 * k - 1 for k in kernel))
+        bias = self._bias(kernel, value.shape[1:-2])
         out = neighborhood_attention(
             q, k, v, kernel, stride, dilation, causal, scale=self.scale, bias=bias, backend=self.backend
         )
-        assert isinstance(out, Tensor)
         return out.reshape(value.shape)
+
+    def _attend_at(self, query: Tensor, key: Tensor, value: Tensor, positions: Tensor) -> Tensor:
+        """`_attend` at (1 or B, M, rank) positions: (B, M, heads, head_dim)."""
+        grid = value.shape[1:-2]
+        kernel, stride, dilation, causal = self._settings(grid)
+        positions = positions.expand(len(value), -1, -1)
+        sample = torch.arange(len(value), device=value.device)[:, None]
+        at = (sample, *positions.unbind(-1))
+        if not kernel:
+            return value[at]
+        positions = positions[..., [axis for axis, size in enumerate(grid) if size > 1]]
+        k, v = (_squeeze_grid(t) for t in (key, value))
+        bias = self._bias(kernel, grid)
+        backend = "reference" if self.backend == "reference" else "auto"
+        return neighborhood_attention_at(
+            query[at], k, v, positions, kernel, stride, dilation, causal, scale=self.scale, bias=bias, backend=backend
+        )
+
+    def _attend_mixed(self, query: Tensor, key: Tensor, value: Tensor, choice: Tensor) -> Tensor:
+        """`_attend` with the windows that `choice`, (1 or B, *grid, 1 or heads), picks."""
+        grid = value.shape[1:-2]
+        kernel, stride, dilation, causal = self._settings(grid)
+        if not kernel:
+            return value
+        missing = [size - own for size, own in zip(grid, choice.shape[1:-1])]
+        choice = F.pad(choice, [0, 0] + [amount for pad in reversed(missing) for amount in (0, pad)])
+        axes = [axis for axis, size in enumerate(grid) if size > 1]
+        sizes = [[min(own[axis], most) for axis, most in zip(axes, kernel)] for own in self.token_kernel_sizes]
+        bias = self._bias([max(along) for along in zip(*sizes)], grid)
+        q, k, v = (_squeeze_grid(t) for t in (query, key, value))
+        choice = choice.reshape(len(choice), *q.shape[1:-2], choice.shape[-1])
+        out = neighborhood_attention_mixed(
+            q, k, v, sizes, choice, stride, dilation, causal, scale=self.scale, bias=bias, backend=self.backend
+        )
+        return out.reshape(value.shape)
+
+    def _bias(self, kernel: Sequence[int], grid: Sequence[int]) -> Tensor | None:
+        """The table of position biases for windows of `kernel` on the axes of `grid` with more than one position."""
+        if self.relative_position_bias is None:
+            return None
+        of_axis = iter(kernel)
+        cropped = crop_relative_bias(self.relative_position_bias, [next(of_axis) if n > 1 else 1 for n in grid])
+        return cropped.reshape(self.num_heads, *(2 * k - 1 for k in kernel))
 
     def _settings(self, grid: Sequence[int]) -> tuple[tuple, ...]:
         """(kernel_size, stride, dilation, is_causal) on the axes of `grid` that hold more than one position."""
@@ -157,6 +236,16 @@ class NeighborhoodAttention(GridAttention):
             if size > 1:
                 axes.append((kernel, stride, dilation, causal))
         return tuple(zip(*axes)) if axes else ((), (), (), ())
+
+    def _check_token_kernel_sizes(self, sizes: Sequence[int | Sequence[int]]) -> tuple[tuple[int, ...], ...]:
+        checked = tuple(per_axis(size, self.rank, "token_kernel_sizes", minimum=2) for size in sizes)
+        for size in checked:
+            if any(own > most or own < step for own, most, step in zip(size, self.kernel_size, self.stride)):
+                raise ValueError(
+                    f"token_kernel_sizes={tuple(sizes)} has {size}; from stride={self.stride} to "
+                    f"kernel_size={self.kernel_size} is allowed"
+                )
+        return checked
 
     def _span(self) -> tuple[int, ...]:
         return tuple(k * d for k, d in zip(self.kernel_size, self.dilation))
@@ -177,6 +266,11 @@ class NeighborhoodAttention(GridAttention):
         q, k, v = self._project(x)
         weights = value_gradient_map(lambda value: self._attend(q, k, value), v, position)
         return weights[(..., *(slice(0, size) for size in x.shape[1:-1]))]
+
+
+def _inside(grid: Sequence[int]) -> tuple[slice, ...]:
+    """The grid as an index of a (B, *larger grid, ...) tensor."""
+    return slice(None), *(slice(0, size) for size in grid)
 
 
 def _squeeze_grid(x: Tensor) -> Tensor:

@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from math import isqrt, prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gridattn.layers.cache import SequenceCache
 from gridattn.layers.common import GridAttention, value_gradient_map
 from gridattn.layers.kmeans import AveragedKMeans, OnlineKMeans
 from gridattn.layers.registry import register_attention
@@ -14,6 +16,7 @@ from gridattn.ops.centroids import NORMS, commitment_loss, normalize_vectors
 from gridattn.ops.common import check_channels, check_choice, per_axis
 from gridattn.ops.rotary import rotary_frequencies, rotate
 from gridattn.ops.routing import routing_attention
+from gridattn.ops.routing_step import block_attention_step, routing_attention_step
 
 
 @register_attention(
@@ -125,7 +128,12 @@ class RoutingAttention(GridAttention):
         self.to_out = nn.Linear(num_heads * self.head_dim, dim, bias=False)
 
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, *, return_auxiliary: bool = False
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        *,
+        return_auxiliary: bool = False,
+        cache: SequenceCache | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attends.
 
@@ -134,6 +142,7 @@ class RoutingAttention(GridAttention):
             mask: (B, *grid) bool, True for real positions; masked ones are not seen, and their own output means
                 nothing.
             return_auxiliary: also return the commitment loss, to be added to the task's with a small factor (1e-4).
+            cache: an empty one, to be filled for `step`.
 
         Returns:
             (B, *grid, C), or that and a scalar.
@@ -141,9 +150,14 @@ class RoutingAttention(GridAttention):
         self.check_input(x)
         heads, auxiliary = [], x.new_zeros(())
         if self.local_heads:
-            heads.append(self._attend_locally(*self._local_projections(x), mask))
+            query, key, value = self._local_projections(x)
+            if cache is not None:
+                cache.extend(local_key=key, local_value=value)
+            heads.append(self._attend_locally(query, key, value, mask))
         if self.routing_heads:
             query, key, value = self._routing_projections(x)
+            if cache is not None:
+                cache.extend(query=query, key=key, value=value)
             if self.training and not self.kmeans.started and isinstance(self.kmeans, OnlineKMeans):
                 self.kmeans.initialize(_together(query, key))
             heads.append(self._route(query, key, value, mask))
@@ -154,33 +168,68 @@ class RoutingAttention(GridAttention):
         y = self.to_out(torch.cat(heads, -2).flatten(-2))
         return (y, auxiliary) if return_auxiliary else y
 
+    def step(self, x: Tensor, cache: SequenceCache) -> Tensor:
+        """Attends from one more position of a causal sequence.
+
+        Centroids choose among the positions that exist so far, while earlier outputs stay what they were. `forward` on
+        the longer sequence gives the same last row for the same inputs; it may give other outputs to earlier positions,
+        which the new one has pushed out of a cluster, unless clusters are as large as the sequence.
+
+        Args:
+            x: (B, 1, C).
+            cache: of the positions before; grows by one.
+
+        Returns:
+            (B, 1, C).
+
+        Raises:
+            ValueError: a layer that is not causal along one axis.
+        """
+        self.check_input(x)
+        if not self.is_causal or self.rank != 1:
+            raise ValueError(
+                f"step needs causal attention along one axis; is_causal={self.is_causal}, {self.rank} axes"
+            )
+        start, heads = cache.length, []
+        if self.local_heads:
+            query, key, value = self._local_projections(x, start)
+            keys, values = cache.extend(local_key=key, local_value=value)
+            heads.append(block_attention_step(query, keys, values, self.window_size[0]))
+        if self.routing_heads:
+            query, key, value = self._routing_projections(x, start)
+            query, *own_keys, value = cache.extend(query=query, key=key, value=value)
+            options = self._routing_options(query)
+            key = own_keys[0] if own_keys else None
+            heads.append(routing_attention_step(query, key, value, self.kmeans.means, **options))
+        return self.to_out(torch.cat(heads, -2).flatten(-2))
+
     def update_centroids(self) -> None:
         """Moves the centroids by the batches since the last update; needed with `defer_update` only."""
         if self.routing_heads:
             self.kmeans.update()
 
-    def _local_projections(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _local_projections(self, x: Tensor, start: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value = self.local_to_qkv(x).unflatten(-1, (3, self.local_heads, -1)).unbind(-3)
         if self.rotary:
-            sin, cos = self._rotation(x)
+            sin, cos = self._rotation(x, start)
             query, key = (rotate(t, sin, cos, interleaved=False) for t in (query, key))
         return query, key, value
 
-    def _routing_projections(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    def _routing_projections(self, x: Tensor, start: int = 0) -> tuple[Tensor, Tensor | None, Tensor]:
         # Rounding to the precision of autocast would move positions from one cluster to another.
         with torch.autocast(x.device.type, enabled=False):
             exact = x.to(self.to_q.weight.dtype)
             points = [self.to_q(exact)] if self.to_k is None else [self.to_q(exact), self.to_k(exact)]
         projected = [t.unflatten(-1, (self.routing_heads, -1)) for t in (*points, self.to_v(x))]
         if self.rotary:
-            sin, cos = self._rotation(x)
+            sin, cos = self._rotation(x, start)
             projected = [rotate(t, sin, cos) for t in projected]
         query, *own_keys, value = projected
         return query, own_keys[0] if own_keys else None, value
 
-    def _rotation(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _rotation(self, x: Tensor, start: int) -> tuple[Tensor, Tensor]:
         grid = x.shape[1:-1]
-        place = torch.arange(prod(grid), device=x.device, dtype=torch.float32).view(*grid, 1, 1)
+        place = start + torch.arange(prod(grid), device=x.device, dtype=torch.float32).view(*grid, 1, 1)
         angle = place * rotary_frequencies(self.head_dim, device=x.device)
         return angle.sin(), angle.cos()
 
@@ -189,20 +238,25 @@ class RoutingAttention(GridAttention):
 
     def _route(self, query: Tensor, key: Tensor | None, value: Tensor, mask: Tensor | None) -> Tensor:
         per_head = None if mask is None else mask.unsqueeze(-1)
-        tables = tuple(self.relative_positions)
         return routing_attention(
             query,
             key,
             value,
             self.kmeans.means,
-            self._cluster_size(prod(query.shape[1:-2])),
-            norm=self.norm,
             is_causal=self.is_causal,
             query_mask=per_head,
             key_mask=per_head,
-            memory=None if self.mem_key is None or self.mem_value is None else (self.mem_key, self.mem_value),
-            relative=(tables[0], tables[1]) if tables else None,
+            **self._routing_options(query),
         )
+
+    def _routing_options(self, query: Tensor) -> dict[str, Any]:
+        tables = tuple(self.relative_positions)
+        return {
+            "cluster_size": self._cluster_size(prod(query.shape[1:-2])),
+            "norm": self.norm,
+            "memory": None if self.mem_key is None or self.mem_value is None else (self.mem_key, self.mem_value),
+            "relative": (tables[0], tables[1]) if tables else None,
+        }
 
     def _commitment(self, query: Tensor, key: Tensor | None) -> Tensor:
         means = self.kmeans.means

@@ -124,16 +124,24 @@ class SelfGuidedBlock(nn.Module):
         rank: number of grid axes.
         mlp_ratio: hidden channels of the feed-forward over C.
         drop_path: probability of dropping a branch for a sample.
+        dropout: dropout probability in the feed-forward.
     """
 
     def __init__(
-        self, attention: nn.Module, dim: int, *, rank: int = 2, mlp_ratio: float = 4.0, drop_path: float = 0.0
+        self,
+        attention: nn.Module,
+        dim: int,
+        *,
+        rank: int = 2,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = attention
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = DepthwiseMlp(dim, int(dim * mlp_ratio), rank)
+        self.mlp = DepthwiseMlp(dim, int(dim * mlp_ratio), rank, dropout)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, **options: Any) -> Any:
@@ -156,8 +164,9 @@ class SelfGuidedPair(nn.Module):
         reduction: 2, 4 or 8.
         mlp_ratio: hidden channels of the feed-forward over C.
         drop_path: probabilities of dropping a branch in the two blocks.
+        dropout: dropout probability in the feed-forwards.
         border: of the coarse keys, see `HybridScaleAttention`.
-        **options: further keywords of both attentions: `qkv_bias`, `scale`, dropout.
+        **options: further keywords of both attentions: `qkv_bias`, `scale`, and their dropout.
 
     Source: SG-Former, arXiv 2308.12216.
 
@@ -177,6 +186,7 @@ class SelfGuidedPair(nn.Module):
         reduction: int = 2,
         mlp_ratio: float = 4.0,
         drop_path: tuple[float, float] = (0.0, 0.0),
+        dropout: float = 0.0,
         border: Literal["pad", "crop"] = "pad",
         **options: Any,
     ) -> None:
@@ -184,8 +194,9 @@ class SelfGuidedPair(nn.Module):
         options = {"reduction": reduction} | options
         hybrid = HybridScaleAttention(dim, num_heads, grid=(1,) * rank, border=border, **options)
         guided = GuidedAttention(dim, num_heads, rank=rank, **options)
-        self.hybrid = SelfGuidedBlock(hybrid, dim, rank=rank, mlp_ratio=mlp_ratio, drop_path=drop_path[0])
-        self.guided = SelfGuidedBlock(guided, dim, rank=rank, mlp_ratio=mlp_ratio, drop_path=drop_path[1])
+        shared: dict[str, Any] = {"rank": rank, "mlp_ratio": mlp_ratio, "dropout": dropout}
+        self.hybrid = SelfGuidedBlock(hybrid, dim, drop_path=drop_path[0], **shared)
+        self.guided = SelfGuidedBlock(guided, dim, drop_path=drop_path[1], **shared)
 
     def forward(self, x: Tensor, return_significance: bool = False) -> Any:
         """(B, *grid, C) -> (B, *grid, C), and with `return_significance` also the map (B, *grid)."""

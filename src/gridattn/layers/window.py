@@ -111,19 +111,27 @@ class WindowAttention(GridAttention):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, *grid, C) -> (B, *grid, C)."""
-        self.check_input(x)
-        query, key, value = self._project(x)
-        return self.proj_drop(self.proj(self._attend(query, key, value).flatten(-2)))
+        grid = self.check_input(x)
+        window, shift = self._clip(grid)
+        # Windows are cut before the projection: one cut instead of three.
+        query, key, value = self._project(partition_windows(x, window, self.partition, shift))
+        out = self._attend_windows(query, key, value, grid, window, shift)
+        return self.proj_drop(self.proj(merge_windows(out.flatten(-2), window, grid, self.partition, shift)))
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
         return rearrange(self.qkv(x), "... (three h d) -> three ... h d", three=3, h=self.num_heads).unbind(0)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        batch, grid = value.shape[0], value.shape[1:-2]
-        window, shift = self._clip(grid)
-        windows = [partition_windows(t, window, self.partition, shift) for t in (query, key, value)]
-        count = windows[0].shape[1]
-        q, k, v = (rearrange(t, "b n w h d -> (b n) h w d") for t in windows)
+    def _attend_windows(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        grid: Sequence[int],
+        window: Sequence[int],
+        shift: Sequence[int],
+    ) -> Tensor:
+        """Query, key and value, (B, windows, positions, heads, head_dim) each -> the same."""
+        q, k, v = (rearrange(t, "b n w h d -> (b n) h w d") for t in (query, key, value))
         out = F.scaled_dot_product_attention(
             q,
             k,
@@ -132,8 +140,7 @@ class WindowAttention(GridAttention):
             dropout_p=self.attention_dropout if self.training else 0.0,
             scale=self.scale,
         )
-        out = rearrange(out, "(b n) h w d -> b n w h d", b=batch, n=count)
-        return merge_windows(out, window, grid, self.partition, shift)
+        return rearrange(out, "(b n) h w d -> b n w h d", n=query.shape[1])
 
     def _clip(self, grid: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         # A symbolic size, met while a graph with dynamic sizes is exported, keeps the whole window: padding is masked.
@@ -161,7 +168,7 @@ class WindowAttention(GridAttention):
     def macs(self, grid: Sequence[int]) -> int:
         window, _ = self._clip(grid)
         padded = prod(-(-size // w) * w for size, w in zip(grid, window))
-        return prod(grid) * 4 * self.dim**2 + 2 * padded * prod(window) * self.dim
+        return (prod(grid) + 3 * padded) * self.dim**2 + 2 * padded * prod(window) * self.dim
 
     def memory(self, grid: Sequence[int], bytes_per_element: int = 4) -> int:
         """Input, output, query, key, value, and the logits of all windows with their bias."""
@@ -171,5 +178,14 @@ class WindowAttention(GridAttention):
 
     def attention_map(self, x: Tensor, query: Sequence[int]) -> Tensor:
         position = self.check_query(x, query)
+        grid = self.check_input(x)
+        window, shift = self._clip(grid)
         q, k, v = self._project(x)
-        return value_gradient_map(lambda value: self._attend(q, k, value), v, position)
+        q, k = (partition_windows(t, window, self.partition, shift) for t in (q, k))
+
+        def attend(value: Tensor) -> Tensor:
+            cut = partition_windows(value, window, self.partition, shift)
+            out = self._attend_windows(q, k, cut, grid, window, shift)
+            return merge_windows(out, window, grid, self.partition, shift)
+
+        return value_gradient_map(attend, v, position)

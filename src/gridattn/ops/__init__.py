@@ -1,6 +1,24 @@
 """Pure functions on tensors: the mathematics of each mechanism, without parameters or state."""
 
-from gridattn.ops.neighborhood import merge_attentions, neighborhood_attention
+from gridattn.ops.neighborhood import (
+    GridReader,
+    merge_attentions,
+    neighborhood_attention,
+    neighborhood_attention_at,
+    neighborhood_attention_mixed,
+    neighborhood_attention_packed,
+    neighborhood_attention_streamed,
+)
 from gridattn.ops.token_permutation import token_permute, token_unpermute
 
-__all__ = ["merge_attentions", "neighborhood_attention", "token_permute", "token_unpermute"]
+__all__ = [
+    "GridReader",
+    "merge_attentions",
+    "neighborhood_attention",
+    "neighborhood_attention_at",
+    "neighborhood_attention_mixed",
+    "neighborhood_attention_packed",
+    "neighborhood_attention_streamed",
+    "token_permute",
+    "token_unpermute",
+]

@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from gridattn.ops.adaptive_pool import adaptive_average
 from gridattn.ops.common import check_choice
 
 BACKENDS = ("auto", "fused", "products")
 _FEW = 16
-_POOLS = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
 _MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
@@ -80,6 +80,7 @@ def agent_attention(
 def _fused(
     q: Tensor, k: Tensor, v: Tensor, a: Tensor, b1: Tensor | None, b2: Tensor | None, s1: float, s2: float, p: float
 ) -> Tensor:
+    a = a.contiguous()  # pooled channels first; fused kernels want the last axis dense
     gathered = F.scaled_dot_product_attention(a, k, v, attn_mask=b1, dropout_p=p, scale=s1)
     return F.scaled_dot_product_attention(q, a, gathered, attn_mask=b2, scale=s2)
 
@@ -123,7 +124,7 @@ def pool_agents(query: Tensor, size: Sequence[int]) -> Tensor:
         [0.5, 2.5, 4.5]
     """
     heads = query.shape[-2]
-    pooled = _POOLS[len(size)](rearrange(query, "b ... h d -> b (h d) ..."), tuple(size))
+    pooled = adaptive_average(rearrange(query, "b ... h d -> b (h d) ..."), size)
     return rearrange(pooled, "b (h d) ... -> b ... h d", h=heads)
 
 

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from gridattn.ops.adaptive_pool import adaptive_average
 from gridattn.ops.common import check_choice, per_axis
 from gridattn.ops.large_kernel import depthwise_conv
 
 CONTEXTS = ("bands", "grid")
-_ADAPTIVE_POOLS = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
 
 
 def pool_context(x: Tensor, kernel_size: Any, *, context: str = "bands") -> Tensor:
@@ -40,9 +40,9 @@ def pool_context(x: Tensor, kernel_size: Any, *, context: str = "bands") -> Tens
     rank = x.ndim - 2
     kernel = per_axis(kernel_size, rank, "kernel_size")
     if context == "grid":
-        return _ADAPTIVE_POOLS[rank](x.movedim(-1, 1), kernel).flatten(2).transpose(1, 2)
+        return adaptive_average(x.movedim(-1, 1), kernel).flatten(2).transpose(1, 2)
     sequence = rearrange(x, "b ... c -> b c (...) 1")
-    return F.adaptive_avg_pool2d(sequence, (prod(kernel), 1)).squeeze(-1).transpose(1, 2)
+    return adaptive_average(sequence, (prod(kernel), 1)).squeeze(-1).transpose(1, 2)
 
 
 def lateral_inhibition(kernel: Tensor, control: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from einops import rearrange
 from torch import Tensor
 
 from gridattn.ops.common import check_same_kind, per_axis
+from gridattn.ops.relative_attention import relative_attention
 
 
 def block_attention(
@@ -19,6 +20,7 @@ def block_attention(
     *,
     is_causal: bool = False,
     mask: Tensor | None = None,
+    relative: tuple[Tensor, Tensor] | None = None,
     scale: float | None = None,
 ) -> Tensor:
     """Attention of blocks of w positions per axis to their own block and the next one on either side of every axis.
@@ -31,13 +33,15 @@ def block_attention(
         is_causal: a query sees keys up to its own position in row-major order.
         mask: (B, *grid) bool, True for real positions; a masked position neither sees nor is seen. Its own output
             means nothing.
+        relative: two tables (2 M + 1, channels) of vectors by distance for keys and values, see `relative_attention`,
+            which gets the query times `scale`; for causal attention along one axis.
         scale: factor of the logits; head_dim ** -0.5 when None.
 
     Returns:
         (B, *grid, heads, value_dim).
 
     Raises:
-        ValueError: shapes that do not fit, a window below 1.
+        ValueError: shapes that do not fit, a window below 1, relative positions on a grid or without causality.
 
     Source: Efficient Content-Based Sparse Attention with Routing Transformers, arXiv 2003.05997 (local heads).
 
@@ -53,6 +57,8 @@ def block_attention(
             "(B, *grid, heads, channels) with 1 to 3 axes, equal but for the channels of value"
         )
     grid = query.shape[1:-2]
+    if relative is not None and not (is_causal and len(grid) == 1):
+        raise ValueError(f"relative is for causal attention along one axis; is_causal={is_causal}, grid={tuple(grid)}")
     blocks = Blocks(grid, per_axis(window_size, len(grid), "window_size"), is_causal)
     q, k, v = blocks.queries(query), blocks.keys(key), blocks.keys(value)
     q, k, v = (rearrange(t, "b n p h d -> b n h p d") for t in (q, k, v))
@@ -71,7 +77,12 @@ def block_attention(
     visible = visible | ~real_queries
     q = q * real_queries.unsqueeze(2)
     visible = visible.unsqueeze(2).expand(len(q), -1, -1, -1, -1).flatten(0, 1)
-    out = F.scaled_dot_product_attention(*(t.flatten(0, 1) for t in (q, k, v)), attn_mask=visible, scale=scale)
+    flat = [t.flatten(0, 1) for t in (q, k, v)]
+    if relative is None:
+        out = F.scaled_dot_product_attention(*flat, attn_mask=visible, scale=scale)
+    else:
+        factor = q.shape[-1] ** -0.5 if scale is None else scale
+        out = relative_attention(factor * flat[0], flat[1], flat[2], relative, visible=visible)
     return blocks.merge(rearrange(out.unflatten(0, q.shape[:2]), "b n h p d -> b n p h d"))
 
 

@@ -121,7 +121,11 @@ def kmeans_step(x: Tensor, means: Tensor) -> Tensor:
     Returns:
         (heads, K, head_dim).
     """
-    sums = cluster_sums(x, means)
+    return sum_directions(cluster_sums(x, means), means)
+
+
+def sum_directions(sums: ClusterSums, means: Tensor) -> Tensor:
+    """Unit vectors along the sums of the clusters; `means`, (heads, K, head_dim), where a cluster is empty."""
     return torch.where(sums.count.unsqueeze(-1) > 0, F.normalize(sums.total, dim=-1), means)
 
 

@@ -76,7 +76,7 @@ def halo_attention(
             "1 to 3 axes and equal sizes but for the channels is allowed"
         )
     windows = _make_windows(tuple(key.shape[1:-2]), block_size, halo_size, stride)
-    query_grid = tuple(-(-size // s) for size, s in zip(windows.grid, windows.stride))
+    query_grid = tuple((size + s - 1) // s for size, s in zip(windows.grid, windows.stride))
     if query.shape != (key.shape[0], *query_grid, *key.shape[-2:]):
         raise ValueError(
             f"query has shape {tuple(query.shape)}; with key {tuple(key.shape)} and stride={stride} "
@@ -136,7 +136,8 @@ def _make_windows(grid: tuple[int, ...], block_size: Any, halo_size: Any, stride
         block,
         halo,
         strides,
-        blocks=tuple(-(-size // b) for size, b in zip(grid, block)),
+        # Not -(-size // b): in ONNX a division of negative integers is cut off, not rounded down.
+        blocks=tuple((size + b - 1) // b for size, b in zip(grid, block)),
         places=tuple(b // s for b, s in zip(block, strides)),
         window=tuple(b + 2 * h for b, h in zip(block, halo)),
     )

@@ -91,7 +91,8 @@ def depthwise_conv_macs(weight: Tensor, grid: Sequence[int], *, dilation: Any = 
     steps = per_axis(dilation, len(grid), "dilation")
     if _uses_phases(weight.device, steps, backend):
         reach = [0 if k % 2 else d * (k - 1) for k, d in zip(weight.shape[2:], steps)]
-        grid = [-(-(n + r) // d) * d - r for n, r, d in zip(grid, reach, steps)]
+        # Not -(-(n + r) // d): in ONNX a division of negative integers is cut off, not rounded down.
+        grid = [(n + r + d - 1) // d * d - r for n, r, d in zip(grid, reach, steps)]
     return prod(grid) * weight.numel()
 
 

@@ -4,10 +4,12 @@ A table for windows of w positions per axis has the shape (heads, 2w - 1, ...); 
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from gridattn.ops.resize import resize_table
 
 
 def crop_relative_bias(table: Tensor, window: Sequence[int]) -> Tensor:
@@ -46,15 +48,11 @@ def expand_relative_bias(table: Tensor, window: Sequence[int]) -> Tensor:
     return table[(slice(None), *index)].flatten(1 + rank).flatten(1, rank)
 
 
-def resize_relative_bias(table: Tensor, window: Sequence[int]) -> Tensor:
-    """Interpolates a table for another window, bicubic on two axes and linear on one or three.
+def resize_relative_bias(table: Tensor, window: Sequence[int], mode: Literal["cubic", "linear"] = "cubic") -> Tensor:
+    """Interpolates a table for another window; `mode` is that of `resize_table`.
 
     Example:
         >>> resize_relative_bias(torch.randn(4, 13, 13), (11, 11)).shape
         torch.Size([4, 21, 21])
     """
-    size = [2 * w - 1 for w in window]
-    if list(table.shape[1:]) == size:
-        return table
-    mode = {1: "linear", 2: "bicubic", 3: "trilinear"}[len(size)]
-    return F.interpolate(table[None].float(), size=size, mode=mode, align_corners=False)[0].to(table.dtype)
+    return resize_table(table, [2 * w - 1 for w in window], mode)

@@ -47,6 +47,15 @@ def rotate(x: Tensor, sin: Tensor, cos: Tensor, *, interleaved: bool = True) -> 
         >>> rotate(torch.tensor([1.0, 0.0]), torch.tensor([1.0]), torch.tensor([0.0])).tolist()
         [0.0, 1.0]
     """
+    same_kind = x.device.type == "cpu" and x.dtype == sin.dtype == cos.dtype == torch.float32
+    if interleaved and same_kind and not torch.compiler.is_compiling():  # compilers know no complex numbers
+        return _rotate_complex(x, sin, cos)
     axis = -1 if interleaved else -2
     a, b = x.unflatten(-1, (-1, 2) if interleaved else (2, -1)).unbind(axis)
     return torch.stack([a * cos - b * sin, b * cos + a * sin], axis).flatten(-2).to(x.dtype)
+
+
+def _rotate_complex(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
+    """Pairs as complex numbers, one pass over `x`: several times faster on a CPU than half a dozen strided ones."""
+    pairs = torch.view_as_complex(x.contiguous().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gridattn.ops.centroids import centroid_similarity, normalize_vectors
+from gridattn.ops.relative_attention import relative_attention
 
 
 def cluster_members(similarity: Tensor, size: int) -> Tensor:
@@ -91,8 +92,8 @@ def routing_attention(
     shared, unit = key is None, norm == "unit"
     query_points = normalize_vectors(query, norm)
     key_points = query_points if key is None else normalize_vectors(key, norm)
-    queries = _members(query_points, means, cluster_size)
-    keys = queries if shared else _members(key_points, means, cluster_size)
+    queries = centroid_members(query_points, means, cluster_size)
+    keys = queries if shared else centroid_members(key_points, means, cluster_size)
 
     attended = (query, key_points if key is None else key) if unit else (query_points, key_points)
     q, k = (gather_members(t.to(value.dtype), at) for t, at in zip(attended, (queries, keys)))
@@ -140,7 +141,8 @@ def scatter_members(x: Tensor, members: Tensor, grid: Sequence[int], *, eps: flo
     return mean.view(batch, heads, positions, x.shape[-1]).transpose(1, 2).unflatten(1, tuple(grid))
 
 
-def _members(points: Tensor, means: Tensor, size: int) -> Tensor:
+def centroid_members(points: Tensor, means: Tensor, size: int) -> Tensor:
+    """`cluster_members` of normalised vectors: (B, *grid, heads, d), (heads, K, d) -> (B, heads, K, size or N)."""
     similarity = centroid_similarity(points.detach(), means)
     return cluster_members(similarity, min(size, similarity.shape[2]))
 
@@ -188,16 +190,7 @@ def _attend(
         flat = [t.flatten(0, 1) for t in (q, k, v)]
         visible = None if visible is None else visible.flatten(0, 1)
         return F.scaled_dot_product_attention(*flat, attn_mask=visible, scale=scale).unflatten(0, q.shape[:2])
-    key_table, value_table = relative
-    reach = key_table.shape[0] // 2
-    places = [torch.arange(t.shape[-2], device=q.device) for t in (q, k)]
-    offset = (places[1] - places[0].unsqueeze(-1)).clamp(-reach, reach) + reach
-    offset = offset.expand(*q.shape[:-1], -1)
-    logits = scale * q @ k.transpose(-1, -2) + (q @ key_table.T).gather(-1, offset)
-    weights = (logits if visible is None else logits.masked_fill(~visible, -torch.inf)).softmax(-1)
-    by_offset = torch.zeros_like(weights[..., :1]).expand(*weights.shape[:-1], len(value_table))
-    by_offset = by_offset.scatter_add(-1, offset, weights)
-    return weights.to(v.dtype) @ v + by_offset.to(v.dtype) @ value_table.to(v.dtype)
+    return relative_attention(q, k, v, relative, visible=visible, scale=scale)
 
 
 def _check(

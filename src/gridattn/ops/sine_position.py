@@ -55,6 +55,38 @@ def point_code(points: Tensor, dim: int, temperature: float = 10000.0) -> Tensor
     return torch.cat([sine_code(y, dim // 2, temperature), sine_code(x, dim // 2, temperature)], dim=-1)
 
 
+def grid_code(grid: Sequence[int], dim: int, temperature: float = 10000.0) -> Tensor:
+    """Sine code of the places (y, x) of a picture's grid, numbered from 0: dim / 2 channels for x, then as many for y.
+
+    Each half holds the sines of p / T ** (k / (dim / 4)), k = 0 ... dim / 4 - 1, and after them the cosines.
+
+    Args:
+        grid: height and width.
+        dim: channels, a multiple of 4.
+        temperature: T.
+
+    Returns:
+        (*grid, dim), float32.
+
+    Raises:
+        ValueError: another number of channels.
+
+    Source: SG-Former, arXiv 2308.12216, after MAE, arXiv 2111.06377.
+
+    Example:
+        >>> grid_code((5, 7), 8)[0, 0].tolist()
+        [0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 1.0, 1.0]
+    """
+    if dim < 4 or dim % 4:
+        raise ValueError(f"dim={dim} is not allowed; it must be a multiple of 4")
+    y, x = (_sines_then_cosines(torch.arange(size, dtype=torch.float32), dim // 2, temperature) for size in grid)
+    return torch.cat([x.expand(grid[0], -1, -1), y.unsqueeze(1).expand(-1, grid[1], -1)], dim=-1)
+
+
+def _sines_then_cosines(angle: Tensor, dim: int, temperature: float) -> Tensor:
+    return sine_code(angle, dim, temperature).unflatten(-1, (-1, 2)).mT.flatten(-2)
+
+
 def image_code(padding: Tensor, dim: int, temperature: Sequence[float] = (20.0, 20.0)) -> Tensor:
     """Sine code of the pixels of padded images; each image's own height and width make one turn.
 

@@ -1,6 +1,5 @@
 """Dense attention with heads last, of one batch or of sequences packed one after the other."""
 
-from collections import defaultdict
 from contextlib import nullcontext
 
 import torch
@@ -9,6 +8,7 @@ from einops import rearrange
 from torch import Tensor
 
 from gridattn.ops.common import check_same_kind
+from gridattn.ops.packing import map_groups
 
 
 def check_attention_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -113,18 +113,10 @@ def packed_attention(
     Returns:
         As `dense_attention`, packed like the query.
     """
-    queries = query[0].split(lengths_q)
-    keys, values = key[0].split(lengths_kv), value[0].split(lengths_kv)
-    members = defaultdict(list)
-    for sequence, lengths in enumerate(zip(lengths_q, lengths_kv)):
-        members[lengths].append(sequence)
-    outs, lses = {}, {}
-    for sequences in members.values():
-        q, k, v = (torch.stack([pieces[s] for s in sequences]) for pieces in (queries, keys, values))
-        out, lse = dense_attention(q, k, v, is_causal, scale, need_lse)
-        outs.update(zip(sequences, out))
-        if lse is not None:
-            lses.update(zip(sequences, lse))
-    order = range(len(queries))
-    packed = torch.cat([outs[s] for s in order]).unsqueeze(0)
-    return packed, torch.cat([lses[s] for s in order]).unsqueeze(0) if need_lse else None
+
+    def attend(lengths: tuple[int, int], samples: list[int], q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+        return [t for t in dense_attention(q, k, v, is_causal, scale, need_lse) if t is not None]
+
+    pieces = query[0].split(lengths_q), key[0].split(lengths_kv), value[0].split(lengths_kv)
+    out, *lse = map_groups(attend, list(zip(lengths_q, lengths_kv)), *pieces)
+    return out.unsqueeze(0), lse[0].unsqueeze(0) if lse else None

@@ -172,30 +172,53 @@ def neighborhood_attention(
         torch.Size([2, 12, 9, 4, 16])
     """
     check_choice("backend", backend, ("auto", *BACKENDS))
-    query, key, value = (_to_autocast_dtype(t) for t in (query, key, value))
+    query, key, value = (to_autocast_dtype(t) for t in (query, key, value))
     additional_keys, additional_values = (
-        t if t is None else _to_autocast_dtype(t) for t in (additional_keys, additional_values)
+        t if t is None else to_autocast_dtype(t) for t in (additional_keys, additional_values)
     )
     check_tensors(query, key, value)
     check_additional(key, value, additional_keys, additional_values)
     plan = _make_plan(query.shape[1:-2], kernel_size, stride, dilation, is_causal)
     check_bias(bias, query, plan)
     check_key_mask(key_mask, query, plan, spare=additional_keys is not None and additional_keys.shape[1] > 0)
+    extra = (additional_keys, additional_values)
+    out, lse = attend_planned(query, key, value, plan, scale, bias, key_mask, extra, return_lse, backend)
+    return (out, lse) if return_lse else out
+
+
+def attend_planned(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: Plan,
+    scale: float | None,
+    bias: Tensor | None,
+    key_mask: Tensor | None,
+    additional: tuple[Tensor | None, Tensor | None],
+    need_lse: bool,
+    backend: str,
+) -> tuple[Tensor, Any]:
+    """`neighborhood_attention` on arguments that have been checked, where the mask may leave queries without a key.
+
+    Args:
+        additional: the additional keys and values.
+
+    Returns:
+        out, and lse, which may be None unless needed.
+    """
+    additional_keys, additional_values = additional
     factor = query.shape[-1] ** -0.5 if scale is None else float(scale)
     name = _choose(backend, query, key, value, plan)
-
     with _no_autocast(query.device.type):
         attend = BACKENDS[name].attend
         problem = (query, key, value, plan, factor, bias, key_mask)
         if additional_keys is None or additional_values is None:
-            out, lse = attend(*problem, need_lse=return_lse)
-        elif name == "reference":
-            out, lse = attend(*problem, additional_keys=additional_keys, additional_values=additional_values)
-        else:
-            window = attend(*problem, need_lse=True)
-            extra = _attend_everywhere(query, additional_keys, additional_values, factor)
-            out, lse = merge_attentions(*zip(window, extra))
-    return (out, lse) if return_lse else out
+            return attend(*problem, need_lse=need_lse)
+        if name == "reference":
+            return attend(*problem, additional_keys=additional_keys, additional_values=additional_values)
+        window = attend(*problem, need_lse=True)
+        extra = _attend_everywhere(query, additional_keys, additional_values, factor)
+        return merge_attentions(*zip(window, extra))
 
 
 def available_backends(query: Tensor, key: Tensor, value: Tensor, plan: Plan) -> list[str]:
@@ -208,6 +231,8 @@ def _choose(backend: str, query: Tensor, key: Tensor, value: Tensor, plan: Plan)
     if backend == "auto":
         numba = not torch.compiler.is_exporting() and _supports_cpu(query, key, value, plan) is None
         return "cpu" if numba else "tiled"
+    if backend == "cpu" and torch.compiler.is_exporting():
+        return "tiled"  # an exported graph must not need this package
     reason = BACKENDS[backend].supports(query, key, value, plan)
     if reason is not None:
         raise ValueError(f"backend={backend!r} cannot run this problem: {reason}")
@@ -228,11 +253,12 @@ def _attend_everywhere(query: Tensor, key: Tensor, value: Tensor, scale: float) 
     return out.reshape(*query.shape[:-1], value.shape[-1]).to(query.dtype), lse.reshape(query.shape[:-1])
 
 
-def _to_autocast_dtype(tensor: Tensor) -> Tensor:
+def to_autocast_dtype(tensor: Tensor) -> Tensor:
     """The tensor in the dtype of the autocast region around the call; float64 stays, as in PyTorch's own ops."""
     kind = tensor.device.type
-    keep = not tensor.is_floating_point() or tensor.dtype == torch.float64 or not _autocast_enabled(kind)
-    return tensor if keep else tensor.to(torch.get_autocast_dtype(kind))
+    if not _autocast_enabled(kind) or not tensor.is_floating_point() or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(kind))
 
 
 def _no_autocast(device_type: str) -> contextlib.AbstractContextManager:
@@ -243,4 +269,5 @@ def _no_autocast(device_type: str) -> contextlib.AbstractContextManager:
 
 
 def _autocast_enabled(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    available = device_type in ("cpu", "cuda") or torch.amp.is_autocast_available(device_type)
+    return available and torch.is_autocast_enabled(device_type)

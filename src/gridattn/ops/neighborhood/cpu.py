@@ -148,7 +148,7 @@ def _forward_rows(
         # A vector of bias entries may reach past the last one.
         tables, bias_size = F.pad(table.flatten(), (0, ROW_LANES)).numpy(), table.shape[1]
     pairs = key.shape[0] * key.shape[-2]
-    rows = make_rows(plan, (key.shape[-1] + value.shape[-1]) * lse.element_size(), pairs, MIN_ITEMS)
+    rows = make_rows(plan, (key.shape[-1] + value.shape[-1]) * lse.element_size(), pairs, MIN_ITEMS // 2)
     tensors = (query, key, value, out, lse)
     q, k, v, *results = map(_flat, tensors)
     problem = (q, k, v, tables, *results, _strides(tensors, plan.rank), _sizes(query, key, value), scale, bias_size)

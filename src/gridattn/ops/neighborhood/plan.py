@@ -55,6 +55,19 @@ class AxisPlan:
         """(length,) int64: entry of the relative position table that belongs to the first visible key."""
         return self._first_position - self._position + self.kernel - 1
 
+    def windows(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """`start` and `count` of some queries, without the tables of the whole axis.
+
+        Args:
+            index: (n,) integers, the queries.
+
+        Returns:
+            (n,) int64 each.
+        """
+        first = self._first_position_of(index)
+        count = index // self.dilation - first + 1 if self.causal else np.full(len(index), self.kernel, dtype=np.int64)
+        return first * self.dilation + index % self.dilation, count
+
     @cached_property
     def _group(self) -> np.ndarray:
         return np.arange(self.length) % self.dilation
@@ -65,8 +78,12 @@ class AxisPlan:
 
     @cached_property
     def _first_position(self) -> np.ndarray:
-        group_length = -(-(self.length - self._group) // self.dilation)
-        run_start = self._position // self.stride * self.stride
+        return self._first_position_of(np.arange(self.length))
+
+    def _first_position_of(self, index: np.ndarray) -> np.ndarray:
+        group, position = index % self.dilation, index // self.dilation
+        group_length = -(-(self.length - group) // self.dilation)
+        run_start = position // self.stride * self.stride
         ahead = self.stride - 1 if self.causal else self.stride // 2
         leader = np.minimum(run_start + ahead, group_length - 1)
         if self.causal:
@@ -119,7 +136,7 @@ class Plan:
         """Whether every query sees the whole grid."""
         return all(axis.kernel == axis.length and not axis.causal for axis in self.axes)
 
-    @property
+    @cached_property
     def num_visible(self) -> int:
         """Number of (query, key) pairs over the whole grid."""
         return prod(int(axis.count.sum()) for axis in self.axes)
@@ -154,7 +171,13 @@ def make_plan(
         >>> make_plan((10,), 5, stride=3).axes[0].visible(4).tolist()
         [2, 3, 4, 5, 6]
     """
-    grid = tuple(int(size) for size in grid)
+    settings = (tuple(int(size) for size in grid), kernel_size, stride, dilation, is_causal)
+    # One value for all axes is most common, and a plan must not take longer than a small problem.
+    alike = not any(isinstance(setting, Sequence) for setting in settings[1:])
+    return _plan_of_values(*settings) if alike else _checked_plan(*settings)
+
+
+def _checked_plan(grid: tuple[int, ...], kernel_size: Any, stride: Any, dilation: Any, is_causal: Any) -> Plan:
     rank = len(grid)
     if rank not in (1, 2, 3):
         raise ValueError(f"grid={grid} has {rank} axes; 1, 2 or 3 are allowed")
@@ -174,3 +197,6 @@ def make_plan(
                 f"axis {axis}; kernel_size * dilation <= {grid[axis]} is allowed there"
             )
     return _plan(grid, kernel, strides, dilations, causal)
+
+
+_plan_of_values = lru_cache(maxsize=1024, typed=True)(_checked_plan)

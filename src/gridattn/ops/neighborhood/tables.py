@@ -55,6 +55,33 @@ def window_tables(axes: tuple[AxisKey, ...], device: torch.device) -> tuple[Tens
     return to_tensors(_windows, device, axes)
 
 
+@constant_in_traces
+def axis_window_tables(axes: tuple[AxisKey, ...], device: torch.device, step: int) -> tuple[Tensor, ...]:
+    """The window of every position of each axis: three tables an axis.
+
+    Args:
+        axes: the axes.
+        device: where the tables are wanted.
+        step: rows between neighbouring positions of the last axis.
+
+    Returns:
+        Per axis of length L and kernel k: (L, k) key, in rows; (L, 1, k) whether the entry is a key; (L, 1, k) entry of
+        a table of relative position biases. Summed over the axes, rows and entries are the flat ones.
+    """
+    return to_tensors(_axis_windows, device, axes, step)
+
+
+def _axis_windows(axes: tuple[AxisKey, ...], step: int) -> tuple[np.ndarray, ...]:
+    tables, entry_step = [], 1
+    for plan in [AxisPlan(*axis) for axis in reversed(axes)]:
+        offset = np.arange(plan.kernel)
+        keys = np.minimum(plan.start[:, None] + plan.dilation * offset, plan.length - 1)
+        visible, entries = offset < plan.count[:, None], plan.bias_start[:, None] + offset
+        tables = [keys * step, visible[:, None], entries[:, None] * entry_step, *tables]
+        step, entry_step = step * plan.length, entry_step * (2 * plan.kernel - 1)
+    return tuple(tables)
+
+
 def _windows(axes: tuple[AxisKey, ...]) -> tuple[np.ndarray, ...]:
     plans = [AxisPlan(*axis) for axis in axes]
     rank = len(plans)

@@ -52,22 +52,24 @@ def attend(
     kept = None if key_mask is None else rearrange(key_mask, "b ... -> (...) b")
     *tables, slot = _tiling_tables(axis_keys(plan), query.device)
     sizes = _tiling_sizes(axis_keys(plan))
-    step = _chunk_step(q, k, v, sizes, broadcast=not need_lse and bias is None and kept is None)
-    tiles = _Tiles(tables, *sizes, step, kept, scale, need_lse or batch == 0)
-
-    trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, bias))
-    if trained and len(tiles.chunks()) > 2 and not torch.compiler.is_compiling():
-        out, lse = _Recomputed.apply(tiles, q, k, v, bias)
-    else:
-        out, lse = tiles.attend(q, k, v, bias)
+    step = chunk_step(q, k, v, sizes, broadcast=not need_lse and bias is None and kept is None)
+    out, lse = attend_tiles(Tiles(tables, *sizes, step, kept, scale, need_lse or batch == 0), q, k, v, bias)
     out = rearrange(out.index_select(0, slot), "i b h d -> b i h d").reshape(batch, *grid, heads, v.shape[-1])
     if lse is None or not need_lse:
         return out, None
     return out, rearrange(lse.index_select(0, slot), "i b h 1 -> b i h").reshape(batch, *grid, heads)
 
 
+def attend_tiles(tiles: "Tiles", q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """`Tiles.attend`; in training, many chunks are computed anew in the backward pass instead of being kept."""
+    trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, bias))
+    if trained and len(tiles.chunks()) > 2 and not torch.compiler.is_compiling():
+        return _Recomputed.apply(tiles, q, k, v, bias)
+    return tiles.attend(q, k, v, bias)
+
+
 @dataclass(frozen=True)
-class _Tiles:
+class Tiles:
     """Where the tiles' tokens stand, and attention inside the tiles.
 
     Attributes:
@@ -164,13 +166,13 @@ class _Tiles:
 
 
 class _Recomputed(torch.autograd.Function):
-    """`_Tiles.attend` that keeps only its arguments for the backward pass, which runs every chunk once more: the
+    """`Tiles.attend` that keeps only its arguments for the backward pass, which runs every chunk once more: the
     tokens of all halos are several times the tokens of the grid, and PyTorch would add up one gradient of the grid's
     size for every chunk."""
 
     @staticmethod
     def forward(
-        ctx: Any, tiles: _Tiles, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None
+        ctx: Any, tiles: Tiles, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         ctx.tiles = tiles
         ctx.save_for_backward(q, k, v, bias)
@@ -200,7 +202,7 @@ class _Recomputed(torch.autograd.Function):
         return None, *grads, *[None] * (4 - len(grads))
 
 
-def _chunk_step(q: Tensor, k: Tensor, v: Tensor, sizes: tuple[int, int, bool, int, int], broadcast: bool) -> int:
+def chunk_step(q: Tensor, k: Tensor, v: Tensor, sizes: tuple[int, int, bool, int, int], broadcast: bool) -> int:
     """How many tiles make a chunk; `broadcast` says that one mask serves all heads and the logits are never stored."""
     (_, batch, heads, _), (*_, num_queries, num_keys) = q.shape, sizes
     logits = num_queries * num_keys * (1 if broadcast else batch * heads)
