@@ -10,7 +10,7 @@ from typer.testing import CliRunner, Result
 
 from gridattn.cli import app
 
-COMMANDS = ("list", "train", "evaluate", "predict", "compare", "show", "simulate")
+COMMANDS = ("list", "train", "evaluate", "predict", "compare", "show", "simulate", "convert", "export")
 
 
 def run(*arguments: str | Path) -> Result:

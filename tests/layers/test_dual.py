@@ -108,3 +108,10 @@ def test_the_feed_forward_can_be_left_out_and_the_second_encoding_stays() -> Non
     names = {name.split(".")[1] for name, _ in layer.named_parameters()}
     assert names == {"cpe1", "norm1", "attn", "cpe2"}
     assert layer(torch.randn(1, 5, 5, 8)).shape == (1, 5, 5, 8)
+
+
+def test_the_map_of_attention_that_sees_its_padding_leaves_the_paddings_share_out() -> None:
+    layer = PaddedWindowAttention(8, 2, window_size=7, bias=False)
+    nn.init.zeros_(layer.qkv.weight)
+    weights = layer.attention_map(torch.randn(1, 5, 5, 8), (0, 0))
+    torch.testing.assert_close(weights, torch.full((1, 2, 5, 5), 1 / 49))

@@ -1,5 +1,6 @@
 """Facts of AttNet."""
 
+import re
 from typing import Any
 
 import pytest
@@ -47,7 +48,7 @@ def official(model: AttNet) -> dict[str, torch.Tensor]:
         if name.endswith("num_batches_tracked"):
             continue
         name = name.replace("patch_embed.", "downsample_layers.0.")
-        name = name.replace("levels.0.downsample.reduction.", "downsample_layers.1.")
+        name = re.sub(r"^levels\.(\d+)\.downsample\.reduction\.", lambda m: f"downsample_layers.{int(m[1]) + 1}.", name)
         name = name.replace("levels.", "stages.").replace("blocks.", "")
         if name.startswith("stages."):
             pointwise = tensor.ndim == 2 and "kernel_gen" not in name

@@ -80,7 +80,7 @@ class DualAttentionBlock(nn.Module):
 
 
 class PaddedWindowAttention(WindowAttention):
-    """Window attention without position bias in which a window that the grid does not fill sees its zero padding.
+    """Window attention in which a window that the grid does not fill sees its zero padding.
 
     The grid is padded at its end before the projection, so that a padded position has the projection's bias as key and
     value. The published DaViT weights were trained so. Arguments as in `WindowAttention`.
@@ -89,9 +89,17 @@ class PaddedWindowAttention(WindowAttention):
     def forward(self, x: Tensor) -> Tensor:
         """(B, *grid, C) -> (B, *grid, C)."""
         grid = self.check_input(x)
-        padding = [-size % w for size, w in zip(grid, self.window_size)]
-        padded = F.pad(x, [0, 0, *(amount for pad in reversed(padding) for amount in (0, pad))])
-        return super().forward(padded)[(slice(None), *(slice(size) for size in grid))]
+        return super().forward(self._padded(x))[(slice(None), *(slice(size) for size in grid))]
+
+    def attention_map(self, x: Tensor, query: Sequence[int]) -> Tensor:
+        """As in `GridAttention`; weights of the padding are cut off, so that those of a border sum to less than one."""
+        self.check_query(x, query)
+        whole = super().attention_map(self._padded(x), query)
+        return whole[(..., *(slice(size) for size in x.shape[1:-1]))]
+
+    def _padded(self, x: Tensor) -> Tensor:
+        padding = [-size % w for size, w in zip(x.shape[1:-1], self.window_size)]
+        return F.pad(x, [0, 0, *(amount for pad in reversed(padding) for amount in (0, pad))])
 
     def macs(self, grid: Sequence[int]) -> int:
         return super().macs([-(-size // w) * w for size, w in zip(grid, self.window_size)])

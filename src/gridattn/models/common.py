@@ -1,5 +1,6 @@
 """What backbones share: an interface as in timm, residual blocks around a grid attention, and their inputs."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple
@@ -29,11 +30,13 @@ class Backbone(nn.Module):
 
     Attributes:
         tap_norm: whether the maps are not normalised yet, so that a feature extractor gives each its own LayerNorm.
+        official_ignored: patterns (`re.search`) of names in published files that hold nothing to load, and why.
         config: the call of `create_model` that rebuilds the model; empty for one that was built otherwise.
         default_cfg: input size, normalisation and names of the first and last layer, as in timm.
     """
 
     tap_norm: ClassVar[bool] = False
+    official_ignored: ClassVar[Mapping[str, str]] = {}
     num_features: int
     num_classes: int
     feature_info: list[dict[str, Any]]
@@ -70,8 +73,15 @@ class Backbone(nn.Module):
         return self.forward_head(self.forward_features(images))
 
     def from_official(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The published state dict of the family under our names; names that are ours already stay."""
-        return dict(state)
+        """The published state dict of the family under our names; names that are ours already stay.
+
+        A family extends this; every tensor is given on, but for those that `official_ignored` names.
+        """
+        return {name: tensor for name, tensor in state.items() if self.ignored_reason(name) is None}
+
+    def ignored_reason(self, name: str) -> str | None:
+        """Why a tensor of published files holds nothing to load; None where it does."""
+        return next((why for pattern, why in self.official_ignored.items() if re.search(pattern, name)), None)
 
     def load_official(self, state: dict[str, Tensor]) -> None:
         """Loads the published state dict of the family, strictly."""

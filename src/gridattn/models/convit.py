@@ -8,10 +8,9 @@ Source: ConViT: Improving Vision Transformers with Soft Convolutional Inductive 
 import re
 from collections.abc import Mapping, Sequence
 from math import isqrt, prod
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gridattn.layers.gated_positional import GatedPositionalAttention, mean_attention
@@ -21,6 +20,7 @@ from gridattn.models.patches import PatchEmbed
 from gridattn.models.registry import register_variants
 from gridattn.ops.common import check_choice, check_probability, per_axis
 from gridattn.ops.gated_positional import attention_distance
+from gridattn.ops.resize import resize_table
 
 
 class ConViT(Backbone):
@@ -56,6 +56,9 @@ class ConViT(Backbone):
     """
 
     tap_norm = True
+    official_ignored: ClassVar[Mapping[str, str]] = {
+        r"\.rel_indices$": "relative positions of patches, computed for every grid here"
+    }
 
     def __init__(
         self,
@@ -172,7 +175,7 @@ class ConViT(Backbone):
         An embedding with another number of patches than the nominal grid is taken to be of a square grid.
         """
         local = len(self.levels[0].blocks)  # type: ignore[arg-type]
-        renamed = {_official_name(name, local): tensor for name, tensor in state.items()}
+        renamed = {_official_name(name, local): t for name, t in super().from_official(state).items()}
         table = renamed.get("pos_embed")
         if table is not None and table.ndim == 3:
             side = isqrt(table.shape[1])
@@ -181,7 +184,7 @@ class ConViT(Backbone):
                     table = table.unflatten(1, grid)
         if table is not None and table.ndim == 4:
             renamed["pos_embed"] = resize_grid(table, self.grid)
-        return {name: tensor for name, tensor in renamed.items() if not name.endswith(".rel_indices")}
+        return renamed
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that weight decay should leave alone besides biases and norms."""
@@ -199,10 +202,7 @@ def resize_grid(table: Tensor, grid: Sequence[int]) -> Tensor:
         >>> resize_grid(torch.ones(1, 14, 14, 8), (20, 9)).shape
         torch.Size([1, 20, 9, 8])
     """
-    if tuple(table.shape[1:-1]) == tuple(grid):
-        return table
-    resized = F.interpolate(table.movedim(-1, 1).float(), tuple(grid), mode="bicubic", align_corners=False)
-    return resized.movedim(1, -1).to(table.dtype)
+    return resize_table(table.movedim(-1, 1), grid).movedim(1, -1)
 
 
 def _official_name(name: str, local: int) -> str:

@@ -8,7 +8,7 @@ Source: Scaling Local Self-Attention for Parameter Efficient Visual Backbones, a
 
 import re
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 
 from einops import rearrange
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from gridattn.layers.halo import HaloAttention, halo_state_from_official
 from gridattn.models.common import Backbone, Level, drop_path_rates, linear
+from gridattn.models.conv_norm import batch_counters
 from gridattn.models.halonet_blocks import (
     ACTIVATIONS,
     STEMS,
@@ -29,7 +30,6 @@ from gridattn.models.halonet_blocks import (
 from gridattn.models.halonet_variants import HYBRID_94_VARIANTS, HYBRID_VARIANTS, PAPER_VARIANTS, REGNETZ_VARIANTS
 from gridattn.models.patches import check_level_lists
 from gridattn.models.registry import register_variants
-from gridattn.models.state import load_strict
 from gridattn.ops.common import check_choice, check_probability
 from gridattn.ops.relative_bias import resize_relative_bias
 
@@ -213,23 +213,19 @@ class HaloNet(Backbone):
         """Names of the tables of relative vectors."""
         return {name for name, _ in self.named_parameters() if ".relative." in name}
 
-    def load_official(self, state: dict[str, Tensor]) -> None:
-        """Loads a published state dict, strictly, or one of ours.
+    def from_official(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The published state dict under our names; counters of batches that are missing keep their value.
 
-        Tables of relative vectors for another window are interpolated linearly. Counters of batches, which some files
-        lack, are kept where they are missing.
-
-        Raises:
-            CheckpointError: names or shapes of another model.
+        Tables of relative vectors for another window are interpolated linearly.
         """
-        renamed = {name: tensor for name, tensor in self.state_dict().items() if name.endswith("num_batches_tracked")}
-        renamed |= {official_name(name): tensor for name, tensor in state.items()}
+        renamed = batch_counters(self)
+        renamed |= {official_name(name): tensor for name, tensor in super().from_official(state).items()}
         for path, module in self.named_modules():
             if isinstance(module, HaloAttention):
                 self._convert_halo(renamed, path, module)
             elif path.endswith((".fc1", ".fc2")) and f"{path}.weight" in renamed:
                 renamed[f"{path}.weight"] = renamed[f"{path}.weight"].flatten(1)
-        load_strict(self, renamed)
+        return renamed
 
     @staticmethod
     def _convert_halo(state: dict[str, Tensor], path: str, layer: HaloAttention) -> None:

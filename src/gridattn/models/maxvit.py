@@ -6,10 +6,9 @@ Source: MaxViT: Multi-Axis Vision Transformer, arXiv 2204.01697.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -36,8 +35,8 @@ from gridattn.models.maxvit_variants import (
 )
 from gridattn.models.patches import check_level_lists
 from gridattn.models.registry import register_variants
-from gridattn.models.state import load_strict
 from gridattn.ops.common import check_choice, check_probability, per_axis
+from gridattn.ops.relative_bias import resize_relative_bias
 
 
 class MaxViT(Backbone):
@@ -165,25 +164,21 @@ class MaxViT(Backbone):
         like = next(self.parameters())
         self.head = self._make_head().apply(init_weights).to(device=like.device, dtype=like.dtype)
 
-    def load_official(self, state: dict[str, Tensor]) -> None:
-        """Loads a published state dict, strictly, or one of ours.
+    def from_official(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The published state dict under our names.
 
         Tables of position biases for another window are interpolated bilinearly, as in the published fine-tuning.
-
-        Raises:
-            CheckpointError: names or shapes of another model.
         """
-        renamed = {official_name(name): tensor for name, tensor in state.items()}
+        renamed = {official_name(name): tensor for name, tensor in super().from_official(state).items()}
         for path, module in self.named_modules():
             if isinstance(module, MbConv):
                 _convert(renamed, path, mbconv_state_from_official)
             elif isinstance(module, WindowAttention):
                 _convert(renamed, path, lambda part, layer=module: _attention_state(part, layer))
                 name = f"{path}.relative_position_bias"
-                size = [2 * w - 1 for w in module.window_size]
-                if name in renamed and renamed[name].ndim == 3 and list(renamed[name].shape[1:]) != size:
-                    renamed[name] = F.interpolate(renamed[name][None], size, mode="bilinear", align_corners=False)[0]
-        load_strict(self, renamed)
+                if name in renamed and renamed[name].ndim == 3:
+                    renamed[name] = resize_relative_bias(renamed[name], module.window_size, "linear")
+        return renamed
 
 
 OFFICIAL_NAMES = (

@@ -7,9 +7,9 @@ Sources: Neighborhood Attention Transformer, arXiv 2204.07143; Dilated Neighborh
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import cycle, islice
-from typing import Literal
+from typing import ClassVar, Literal
 
 from einops import rearrange
 from torch import Tensor, nn
@@ -26,7 +26,6 @@ from gridattn.models.nat_variants import (
 )
 from gridattn.models.patches import PatchEmbed, check_level_lists, pad_to_multiple
 from gridattn.models.registry import register_variants
-from gridattn.models.state import load_strict
 from gridattn.ops.common import check_choice, check_probability
 from gridattn.ops.relative_bias import resize_relative_bias
 
@@ -65,6 +64,9 @@ class NAT(Backbone):
     """
 
     tap_norm = True
+    official_ignored: ClassVar[Mapping[str, str]] = {
+        r"relative_position_index$": "places of the relative positions in their table, computed for every grid here"
+    }
     presets = "nat"
     patch_size = 4
 
@@ -144,22 +146,14 @@ class NAT(Backbone):
             maps.append(tap)
         return maps
 
-    def load_official(self, state: dict[str, Tensor]) -> None:
-        """Loads a published state dict, strictly.
-
-        Position tables of another kernel size are interpolated. `attn.relative_position_index`, a constant in the files
-        of ViT-rpb, is left out.
-
-        Raises:
-            CheckpointError: names or shapes of another model.
-        """
-        renamed = {self.official_name(name): tensor for name, tensor in state.items()}
-        renamed = {name: tensor for name, tensor in renamed.items() if not name.endswith("relative_position_index")}
+    def from_official(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The published state dict under our names; position tables of another kernel size are interpolated."""
+        renamed = {self.official_name(name): tensor for name, tensor in super().from_official(state).items()}
         for name, module in self.named_modules():
             table = renamed.get(f"{name}.relative_position_bias")
             if isinstance(module, NeighborhoodAttention) and table is not None and table.ndim == 3:
                 renamed[f"{name}.relative_position_bias"] = resize_relative_bias(table, module.kernel_size)
-        load_strict(self, renamed)
+        return renamed
 
     def official_name(self, name: str) -> str:
         """Our name of a published parameter; names that are ours already stay."""

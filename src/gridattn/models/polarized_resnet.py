@@ -162,7 +162,7 @@ class PoseResNet(PolarizedResNet):
         maps = super().forward_maps(images)
         decoded = self.decoder(maps[-1].movedim(-1, 1)).movedim(1, -1)
         stride = self.feature_info[-1]["reduction"]
-        height, width = (-(-size // stride) for size in images.shape[2:])
+        height, width = ((size + stride - 1) // stride for size in images.shape[2:])
         return [*maps, decoded[:, :height, :width]]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:

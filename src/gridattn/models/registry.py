@@ -11,6 +11,7 @@ from typing import Any
 from gridattn.models.common import Backbone
 from gridattn.models.features import FeatureMaps
 from gridattn.models.state import load_weights
+from gridattn.ops.common import per_axis
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "interpolation": "bicubic", "crop_pct": 0.875}
 
@@ -130,6 +131,8 @@ def create_model(
     common = {"num_classes": num_classes, "in_chans": in_chans, "drop_path_rate": drop_path_rate}
     if "img_size" in info.options:
         common["img_size"] = img_size
+    if img_size is not None:
+        per_axis(img_size, 1 if isinstance(img_size, int) else len(img_size), "img_size")
     given = options | {key: value for key, value in common.items() if value is not None}
     unknown = sorted(set(given) - set(info.options))
     if unknown:

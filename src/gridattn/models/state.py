@@ -77,6 +77,30 @@ def load_strict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     model.load_state_dict(state)
 
 
+def official_state(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`model.from_official(state)`, with one kind of error for files that are not of the family.
+
+    Raises:
+        CheckpointError: names or shapes that the family's key map cannot handle.
+    """
+    try:
+        return model.from_official(state)
+    except CheckpointError:
+        raise
+    except (LookupError, TypeError, RuntimeError, ValueError) as error:
+        raise CheckpointError(
+            f"state dict is none of {type(model).__name__}: {type(error).__name__} {_line(error)}"
+        ) from None
+
+
+def with_own_head(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state with the model's own classifier in place of one for another number of classes."""
+    head = {name: tensor for name, tensor in own.items() if name.startswith("head.")}
+    if head and all(name not in state or state[name].shape == tensor.shape for name, tensor in head.items()):
+        return dict(state)
+    return {name: tensor for name, tensor in state.items() if not name.startswith("head.")} | head
+
+
 def load_weights(model: Any, path: str | PathLike[str], *, keep_head: bool = True) -> None:
     """Loads a weight file in our names or in those that the family was published with.
 
@@ -90,13 +114,11 @@ def load_weights(model: Any, path: str | PathLike[str], *, keep_head: bool = Tru
     """
     state = load_checkpoint(path)
     own = model.state_dict()
-    if any(name not in own for name in state) and hasattr(model, "from_official"):
-        state = model.from_official(state)
-    if not keep_head:
-        head = {name: tensor for name, tensor in own.items() if name.startswith("head.")}
-        if not head or any(name in state and state[name].shape != tensor.shape for name, tensor in head.items()):
-            state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")} | head
     try:
+        if any(name not in own for name in state) and hasattr(model, "from_official"):
+            state = official_state(model, state)
+        if not keep_head:
+            state = with_own_head(state, own)
         if {k: t.shape for k, t in state.items()} == {k: t.shape for k, t in own.items()}:
             model.load_state_dict(state)
         else:

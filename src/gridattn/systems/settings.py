@@ -46,6 +46,7 @@ class RunSettings:
         weight_decay: weight decay; one-dimensional parameters are exempt.
         clip_grad: largest norm of the gradient; 0 for no limit.
         schedule: course of the learning rate, a name of timm's factory, stepped once per optimiser step.
+        schedule_options: further keywords of the schedule, such as decay_milestones (epochs) or decay_rate.
         min_lr: lowest learning rate of the schedule.
         warmup_epochs: passes in which the learning rate rises to `lr`.
         warmup_lr: learning rate at the start of the warm-up.
@@ -69,6 +70,7 @@ class RunSettings:
     weight_decay: float = 0.05
     clip_grad: float = 0.0
     schedule: str = "cosine"
+    schedule_options: dict[str, Any] = field(default_factory=dict)
     min_lr: float = 0.0
     warmup_epochs: float = 0.0
     warmup_lr: float = 1e-6

@@ -2,15 +2,12 @@
 
 import torch
 from case import GoldenCase
+from segmentation_heads import run_head
 
 from gridattn.layers.channel import ChannelAttention
 from gridattn.layers.dual import DualAttentionBlock, PaddedWindowAttention
 from gridattn.models import create_model
-
-PENDING = {
-    "FCNHead": "a segmentation head",
-    "UPerHead": "a segmentation head",
-}
+from gridattn.systems.segment import FCNHead, UPerHead
 
 
 def run(block: DualAttentionBlock, case: GoldenCase) -> dict[str, torch.Tensor]:
@@ -62,6 +59,17 @@ def dense(case: GoldenCase) -> dict[str, torch.Tensor]:
     return {"grad.x": grad} | {f"out.y{i}": y for i, y in enumerate(maps)}
 
 
+def upernet(case: GoldenCase) -> dict[str, torch.Tensor]:
+    config = case.config
+    options = {"channels": config["channels"], "pool_scales": config["pool_scales"]}
+    return run_head(UPerHead(config["in_channels"], config["num_classes"], **options), case)
+
+
+def auxiliary(case: GoldenCase) -> dict[str, torch.Tensor]:
+    config = case.config
+    return run_head(FCNHead(config["in_channels"], config["num_classes"], channels=config["channels"]), case)
+
+
 def variant_call(name: str, config: dict) -> tuple[str, dict]:
     body = name.removesuffix("_dense_backbone")
     return body, {} if body == name else {"features_only": True}
@@ -77,4 +85,6 @@ ADAPTERS = {
     "DaVit": classifier,
     "DaViT": classifier,
     "DaViT(dense backbone)": dense,
+    "UPerHead": upernet,
+    "FCNHead": auxiliary,
 }

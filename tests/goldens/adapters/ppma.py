@@ -1,9 +1,12 @@
-"""PPMA: the log masks and both forms of the attention layer."""
+"""PPMA: the log masks, both forms of the attention layer, and the whole networks."""
+
+from typing import Any
 
 import torch
 from case import GoldenCase, Result
 
 from gridattn.layers.path_mask import PathDecay, PolylinePathAttention, convert_official, raster_rotation
+from gridattn.models import create_model
 from gridattn.ops.path_mask import axis_log_masks, path_log_mask
 
 
@@ -33,9 +36,38 @@ def attention(decomposed: bool):
     return run
 
 
+def classifier(case: GoldenCase) -> Result:
+    model = create_model("ppma_t", **_options(case))
+    model.load_official(case.state)
+    x = case.leaf("x")
+    y = model.eval()(x)
+    (grad,) = torch.autograd.grad(y, x, case.inputs["cotangent"])
+    return {"out.y": y, "grad.x": grad}
+
+
+def dense(case: GoldenCase) -> Result:
+    model = create_model("ppma_t", features_only=True, **_options(case))
+    model.load_official(case.state)
+    x = case.leaf("x")
+    maps = model.eval()(x)
+    names = sorted(case.outputs)
+    (grad,) = torch.autograd.grad(maps, x, [case.inputs[f"cotangent_{name}"] for name in names])
+    return {"grad.x": grad} | {f"out.{name}": y for name, y in zip(names, maps)}
+
+
+def _options(case: GoldenCase) -> dict[str, Any]:
+    options = dict(case.config)
+    initial = options.pop("layer_init_values", 1e-6)
+    renamed = {"decomposed": options.pop("chunkwise_recurrents", None)}
+    if "layerscales" in options:
+        renamed["layer_scale"] = [initial if scaled else None for scaled in options.pop("layerscales")]
+    return options | {name: value for name, value in renamed.items() if value is not None}
+
+
 ADAPTERS = {
     "PathEmbeding2D": masks,
     "MambaAttentionAllDouble": attention(decomposed=False),
     "MambaAttentionChunkDouble": attention(decomposed=True),
+    "PPMAViT": classifier,
+    "Backbone_PPMAViT": dense,
 }
-PENDING = {"PPMAViT": "the whole model is not built yet", "Backbone_PPMAViT": "the whole model is not built yet"}

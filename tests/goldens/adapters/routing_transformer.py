@@ -1,13 +1,23 @@
-"""Routing Transformer: k-means, attention inside clusters, and the layer of local and routing heads."""
+"""Routing Transformer: k-means, attention inside clusters, the layer of local and routing heads, and whole models."""
 
 import torch
+import torch.nn.functional as F
 from case import GoldenCase, Result
 from torch import Tensor
 
 from gridattn.layers.kmeans import AveragedKMeans, OnlineKMeans
 from gridattn.layers.routing import RoutingAttention, convert_official
+from gridattn.models.state import load_strict
 from gridattn.ops.centroids import centroid_similarity, commitment_loss, nearest_centroid, normalize_vectors
 from gridattn.ops.routing import cluster_members, routing_attention
+from gridattn.systems.routing_transformer.convert import convert_package_state, package_network
+from gridattn.systems.routing_transformer.model import (
+    ImageModel,
+    RoutingStack,
+    SequenceModel,
+    build_model,
+    shift_right,
+)
 
 
 def _by_position(t: Tensor) -> Tensor:
@@ -127,13 +137,50 @@ def mixed_attention(case: GoldenCase) -> Result:
     return {"out.y": y, "out.aux_loss": 1e-4 * auxiliary.view(1), "grad.x": grad}
 
 
+def language_model(case: GoldenCase) -> Result:
+    c = case.config
+    local_window = c.get("local_attn_window_size") or c.get("window_size", 64)
+    network = package_network(case.state, c.get("window_size", 64), local_window, is_causal=c.get("causal", False))
+    model = build_model(**network)
+    load_strict(model, convert_package_state(case.state))
+    tokens = case.inputs["tokens"]
+    mask = case.inputs.get("input_mask")
+    logits, auxiliary = _padded(model.eval(), tokens, None if mask is None else mask.bool(), local_window)
+    result = {"out.logits": logits, "out.aux_loss": 1e-4 * auxiliary.view(1)}
+    names = {"token_emb.weight": "tokens.weight"}
+    for name in case.grads:
+        parameter = model.get_parameter(names.get(name, name))
+        (grad,) = torch.autograd.grad(logits, parameter, case.inputs["cotangent"], retain_graph=True)
+        result[f"grad.{name}"] = grad
+    return result
+
+
+def _padded(model: SequenceModel, tokens: Tensor, mask: Tensor | None, window: int) -> tuple[Tensor, Tensor]:
+    """With local heads the package pads sequences to whole windows; what it adds can be taken by a centroid."""
+    missing = -tokens.shape[1] % window
+    if not missing or not any(block.attention.local_heads for block in model.stack.blocks):
+        return model(tokens, mask)
+    mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
+    logits, auxiliary = model(F.pad(tokens, (0, missing)), F.pad(mask, (0, missing), value=False))
+    return logits[:, : tokens.shape[1]], auxiliary
+
+
+def image_input(case: GoldenCase) -> Result:
+    c = case.config
+    height, width, channels, dim = (c[name] for name in ("height", "width", "channels", "hidden_size"))
+    model = ImageModel(RoutingStack([]), c["vocab_size"], dim, (height, width, channels), flavour="paper")
+    with torch.no_grad():
+        model.table.weight.copy_(case.state["rgb_target_emb_channel"])
+        for parameter, name in ((model.rows, "pos_emb_0"), (model.columns, "pos_emb_1")):
+            parameter.copy_(case.state[name].view_as(parameter))
+    return {"out.decoder_input": model.embed(shift_right(case.inputs["targets"].flatten(1)), 0)}
+
+
 ADAPTERS = {
     "Kmeans": kmeans,
     "KmeansAttention": kmeans_attention,
     "SelfAttention": mixed_attention,
+    "RoutingTransformerLM": language_model,
     "hand:tf_routing_attention": paper_attention,
-}
-PENDING = {
-    "RoutingTransformerLM": "the whole model is not built yet",
-    "hand:tf_image_input": "input of the image generator, which is not built yet",
+    "hand:tf_image_input": image_input,
 }

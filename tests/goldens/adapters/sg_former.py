@@ -1,12 +1,14 @@
-"""SG-Former: the three attentions and the pair of blocks."""
+"""SG-Former: the three attentions, the pair of blocks and the whole network."""
 
 from collections.abc import Mapping
 
+import torch
 from case import GoldenCase, Result
 from torch import Tensor, nn
 
 from gridattn.layers.hybrid_scale import GuidedAttention, HybridScaleAttention, LepeAttention
 from gridattn.layers.self_guided import SelfGuidedPair, convert_official_attention, convert_official_block
+from gridattn.models import create_model
 
 
 def _grid(case: GoldenCase, tokens: Tensor) -> Tensor:
@@ -75,10 +77,24 @@ def pair(case: GoldenCase) -> Result:
     return _finish(case, blocks, x, y, **{f"significance_{order}": tensor for order, tensor in flattened.items()})
 
 
+def classifier(case: GoldenCase) -> Result:
+    model = create_model("sgformer_s", sizes="official", **case.config)
+    # The file names gradients by official parameters, and ours are some of them joined: theirs are the leaves here.
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in case.state.items()}
+    x = case.leaf("x")
+    y = torch.func.functional_call(model.eval(), model.from_official(leaves), (x,), strict=True)
+    wanted = {f"grad.param.{name}": leaf for name, leaf in leaves.items()} | {"grad.x": x}
+    wanted = {name: leaf for name, leaf in wanted.items() if name.removeprefix("grad.") in case.grads}
+    grads = torch.autograd.grad(y, list(wanted.values()), case.inputs["cotangent"])
+    model.load_official(case.state)
+    assert torch.equal(model(x), y)
+    return {"out.y": y} | dict(zip(wanted, grads))
+
+
 ADAPTERS = {
     "Attention(mask=False)": hybrid,
     "Attention(mask=True)": guided,
     "Attention(sr_ratio=1)": plain,
     "ModuleList[Block,Block]": pair,
+    "SGFormer": classifier,
 }
-PENDING = {"SGFormer": "the whole model is not built yet"}

@@ -2,10 +2,12 @@
 
 import torch
 from case import GoldenCase, Result
+from segmentation_heads import run_head
 from torch import nn
 
 from gridattn.layers.large_kernel import LargeKernelAttention, VisualAttentionBlock, convert_official
 from gridattn.models import create_model
+from gridattn.systems.segment import SemanticFPNHead
 
 
 def _run(layer: nn.Module, case: GoldenCase) -> Result:
@@ -42,8 +44,25 @@ def dense(case: GoldenCase) -> Result:
     return {"grad.x": grad} | {f"out.y{i}": y for i, y in enumerate(maps)}
 
 
-ADAPTERS = {"LKA": large_kernel, "Block": block, "VAN": classifier, "VAN(dense backbone)": dense}
-PENDING = {"FPN + FPNHead": "the segmentation head belongs to a system"}
+def semantic_fpn(case: GoldenCase) -> Result:
+    config = dict(case.config)
+    head = SemanticFPNHead(
+        config["in_channels"],
+        config["num_classes"],
+        reductions=config["feature_strides"],
+        fpn_channels=config["fpn_channels"],
+        channels=config["channels"],
+    )
+    return run_head(head, case)
+
+
+ADAPTERS = {
+    "LKA": large_kernel,
+    "Block": block,
+    "VAN": classifier,
+    "VAN(dense backbone)": dense,
+    "FPN + FPNHead": semantic_fpn,
+}
 DISPUTED = {
     ("tiny_seg", "grad.x"): (
         "the stored gradient is uncorrelated with ours (-0.02), which agrees with finite differences in float64, while "
