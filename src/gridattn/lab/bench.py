@@ -58,8 +58,8 @@ def latency(model: nn.Module, images: Tensor, repeats: int = 7) -> float:
 def count_macs(model: Backbone, image: Tensor) -> int:
     """Multiply-accumulates of one forward pass on one image.
 
-    Attention layers count by their own `macs`, which holds for every backend; the rest of the network is run once
-    without them under PyTorch's counter.
+    Attention layers count by their own `macs`, which holds for every backend; of the rest of the network, PyTorch's
+    counter takes account in one run.
 
     Args:
         model: a backbone with attention layers.
@@ -73,19 +73,13 @@ def count_macs(model: Backbone, image: Tensor) -> int:
         True
     """
     attention = sum(layer.macs(x.shape[1:-1]) for _, layer, x in model.attention_inputs(image))
-    rest = copy.deepcopy(model).eval()
-    for name, _ in rest.attention_layers():
-        rest.set_submodule(name, _PassOn())
+    whole = copy.deepcopy(model).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        rest(image)
-    return attention + counter.get_total_flops() // 2
-
-
-class _PassOn(nn.Module):
-    """Gives back what it is given: a grid, or a grid and a class token."""
-
-    def forward(self, x: Tensor, *more: Tensor) -> Any:
-        return (x, *more) if more else x
+        whole(image)
+    counts = counter.get_flop_counts()
+    root = type(whole).__name__
+    inside = sum(sum(counts.get(f"{root}.{name}", {}).values()) for name, _ in whole.attention_layers())
+    return attention + (counter.get_total_flops() - inside) // 2
 
 
 def step_memory(step: Callable[[], Any], device: torch.device) -> tuple[int, str]:
