@@ -15,6 +15,7 @@ from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
 from statistics import geometric_mean
+from typing import Any
 
 import timm
 import torch
@@ -61,7 +62,8 @@ def build(source: str, name: str, size: int) -> nn.Module:
     torch.manual_seed(0)
     if source == "ours":
         return create_model(name, img_size=size)
-    return timm.create_model(name, **({"img_size": size} if name.startswith(("maxvit", "swin")) else {}))
+    options: dict[str, Any] = {"img_size": size} if name.startswith(("maxvit", "swin")) else {}
+    return timm.create_model(name, **options)
 
 
 def training_step(model: nn.Module, images: Tensor) -> Callable[[], None]:

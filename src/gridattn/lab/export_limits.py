@@ -20,6 +20,8 @@ class ExportLimit:
 WINDOWS = "which keys a tile of queries needs is worked out for the grid of the trace and held as constant tables"
 
 CASES = "sizes derived from the grid are compared with each other, and the trace keeps the outcome"
+SCAN = "the parallel scan halves the sequence until one step is left, so a trace holds the halvings of its own length"
+SORT = "PyTorch has no ONNX form of the stable sort that picks its tokens"
 
 LIMITS = (
     ExportLimit("dilated_neighborhood", (1, 2, 3), "program for any grid", WINDOWS),
@@ -29,10 +31,14 @@ LIMITS = (
         "class_semantics", (1,), "program for any grid", "its kernels are resampled to the number of steps of the trace"
     ),
     ExportLimit("global_local", (1,), "program for any grid", CASES),
-    ExportLimit("global_local", (1, 2, 3), "ONNX", "PyTorch has no ONNX form of the stable sort that picks its tokens"),
+    ExportLimit("global_local", (1, 2, 3), "ONNX", SORT),
     ExportLimit("routing", (1, 3), "program for any grid", CASES),
     ExportLimit("routing", (2,), "ONNX for any grid", "ONNX cuts off where PyTorch rounds a cluster's size down"),
-    ExportLimit("scan_window", (1, 2), "program for any grid", CASES),
+    ExportLimit("scan_window", (1, 2, 3), "program for any grid", SCAN),
+    ExportLimit("selective_scan", (1, 2, 3), "program for any grid", SCAN),
+    ExportLimit("selective_scan_cross", (1, 2, 3), "program for any grid", SCAN),
+    ExportLimit("self_guided", (1, 2, 3), "ONNX", SORT),
+    ExportLimit("ulsam", (1,), "program for any grid", CASES),
 )
 
 WIDER: dict[Form, tuple[Form, ...]] = {

@@ -111,5 +111,5 @@ def routing_attention_step(
     else:
         out = relative_attention(flat[0], flat[1], flat[2], relative, visible=mask, scale=factor)
     out = out.unflatten(0, q.shape[:2]).squeeze(-2)  # (B, heads, K, value_dim)
-    count = taken.sum(-1, keepdim=True) + (1e-5 if unit else 1e-2)
+    count = taken.to(out.dtype).sum(-1, keepdim=True) + (1e-5 if unit else 1e-2)
     return ((out * taken.unsqueeze(-1)).sum(2) / count).to(value.dtype).unsqueeze(1)
