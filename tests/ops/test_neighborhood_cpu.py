@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from gridattn.ops.neighborhood import cpu, cpu_rows, cpu_threads, cpu_tiles, reference
+from gridattn.ops.neighborhood import cpu, cpu_row_products, cpu_rows, cpu_threads, cpu_tiles, reference
 from gridattn.ops.neighborhood.plan import Plan, make_plan
 
 
@@ -75,11 +75,11 @@ def test_rows_agree_with_the_definition_wherever_they_fit(plan, has_bias, one_bl
     dtype = depths.draw(st.sampled_from([torch.float32, torch.bfloat16]))
     tensors = [t.detach() for t in draw_tensors(plan, heads, key_heads, depth, value_depth, dtype=dtype).values()]
     bias = draw_bias(plan, heads).detach() if has_bias else None
-    assert cpu_rows.fits_rows(plan) == cpu_rows.HAS_PERMUTE
+    assert cpu_rows.fits_rows(plan) == cpu_row_products.HAS_PERMUTE
     cpu_rows.make_rows.cache_clear()
     with (
         mock.patch.object(cpu_tiles, "BLOCK_BYTES", 2**30 if one_block else 2**14),
-        mock.patch.object(cpu, "_forward_tiles", cpu._forward_tiles if not cpu_rows.HAS_PERMUTE else None),
+        mock.patch.object(cpu, "_forward_tiles", cpu._forward_tiles if not cpu_row_products.HAS_PERMUTE else None),
         mock.patch.object(cpu, "LONGEST_ROW", 99),
     ):
         got = cpu.attend(*tensors, plan, 0.3, bias)
@@ -93,7 +93,7 @@ def test_rows_agree_with_the_definition_wherever_they_fit(plan, has_bias, one_bl
 def test_rows_need_windows_that_begin_within_one_vector_of_keys() -> None:
     assert not cpu_rows.fits_rows(make_plan((40, 40), 9, is_causal=(False, True)))
     assert not cpu_rows.fits_rows(make_plan((40, 40), 12, stride=(1, 12)))
-    assert cpu_rows.fits_rows(make_plan((40, 40), 12, stride=(12, 1), dilation=(1, 3))) == cpu_rows.HAS_PERMUTE
+    assert cpu_rows.fits_rows(make_plan((40, 40), 12, stride=(12, 1), dilation=(1, 3))) == cpu_row_products.HAS_PERMUTE
 
 
 def test_a_query_with_a_nan_does_not_reach_its_neighbours() -> None:

@@ -18,9 +18,9 @@ from llvmlite import ir
 from numba.core import cgutils
 
 from gridattn.ops.neighborhood.cpu_products import emit_exponentials
+from gridattn.ops.neighborhood.cpu_rows import ROW_LANES
 from gridattn.ops.neighborhood.cpu_vector import Sums, Vectors, choose, count_up, int64, prefetch, vector_loop
 
-ROW_LANES = 8
 KEYS_AT_ONCE = 7  # key offsets whose logits of two query rows stay in registers
 DEPTHS_AT_ONCE = 8 if llvm.get_host_cpu_features().get("avx512vl", False) else 4  # likewise, of the values
 HAS_PERMUTE = bool(llvm.get_host_cpu_features().get("avx2", False))

@@ -13,10 +13,10 @@ from math import ceil, prod
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from gridattn.ops.neighborhood.cpu_row_products import HAS_PERMUTE, ROW_LANES
 from gridattn.ops.neighborhood.cpu_tiles import block_splits, stack_tables
 from gridattn.ops.neighborhood.plan import AxisPlan, Plan
 
+ROW_LANES = 8
 SHAPE = (1, 2, ROW_LANES)
 CACHE_LINE = 16  # numbers
 
@@ -49,6 +49,8 @@ def fits_rows(plan: Plan) -> bool:
     Every query must see a full window, and the windows of the queries of a vector must begin less than ROW_LANES keys
     apart, as a permutation of one vector of keys has to reach them all.
     """
+    from gridattn.ops.neighborhood.cpu_row_products import HAS_PERMUTE
+
     if not HAS_PERMUTE or any(axis.causal for axis in plan.axes):
         return False
     axis = plan.axes[-1]

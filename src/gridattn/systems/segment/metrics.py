@@ -37,6 +37,7 @@ def overall(confusion: Tensor) -> dict[str, float]:
     A class that is neither true nor predicted anywhere is left out of the means; without any labelled pixel all are 0.
 
     Example:
+        >>> import torch
         >>> overall(torch.tensor([[3, 1, 0], [0, 4, 0], [0, 0, 0]]))
         {'miou': 0.775, 'pixel_accuracy': 0.875, 'mean_class_accuracy': 0.875}
     """
