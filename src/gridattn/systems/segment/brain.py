@@ -22,7 +22,7 @@ def slices() -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         ModuleNotFoundError: nilearn is not installed.
     """
     try:
-        from nilearn import datasets
+        from nilearn import datasets  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError:
         raise ModuleNotFoundError("data='mni152' needs nilearn; install gridattn[medical]") from None
     t1 = np.asarray(datasets.load_mni152_template(resolution=2).get_fdata(), np.float32)
