@@ -1,6 +1,7 @@
 """What all benchmarks share: timing several candidates in one run, the rate of matrix products, tables and JSON.
 
-Machines are noisy and differ, so candidates are called in turns, medians are compared, and what is reported is ratios.
+Machines are noisy and differ, so candidates are called in turns, what is reported is ratios, and the fastest call of
+each counts: other processes only ever add to a time.
 """
 
 import json
@@ -10,7 +11,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import median
 from time import perf_counter
 from typing import Any
 
@@ -39,20 +39,21 @@ def split_runnable(candidates: Candidates) -> tuple[Candidates, dict[str, str]]:
 def time_in_turns(
     candidates: Candidates, *, rounds: int = 9, seconds: float = 20.0, device: str = "cpu", warm: bool = False
 ) -> dict[str, float]:
-    """Calls all candidates in turns and returns the median seconds of each.
+    """Calls all candidates in turns and returns the seconds of the fastest call of each.
 
     A candidate rests once it has used up its `seconds`, but it is timed at least once. Unless the candidates are
     `warm`, there is one round more, which does not count. A turn of less than `SHORT_TURN` seconds is lengthened by
-    calls before it that do not count: what an operator finds in the caches, and whether the threads are awake, is then
-    its own doing and not that of the candidate before it.
+    more calls: what an operator finds in the caches, and whether the threads are awake, is then its own doing and not
+    that of the candidate before it.
     """
 
     def turn(name: str) -> float:
         began = perf_counter()
-        last = call(name)
+        fastest = last = call(name)
         while perf_counter() - began + last < SHORT_TURN:
             last = call(name)
-        return last
+            fastest = min(fastest, last)
+        return fastest
 
     def call(name: str) -> float:
         wait_for(device)
@@ -69,7 +70,7 @@ def time_in_turns(
         for name, taken in times.items():
             if not taken or sum(taken) < seconds:
                 taken.append(turn(name))
-    return {name: median(taken) for name, taken in times.items()}
+    return {name: min(taken) for name, taken in times.items()}
 
 
 def wait_for(device: str) -> None:

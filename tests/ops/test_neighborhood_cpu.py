@@ -1,6 +1,5 @@
 """The CPU kernels: same results as the definition however the problem is cut, stored and threaded."""
 
-import contextlib
 import multiprocessing
 import threading
 from unittest import mock
@@ -10,10 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numba import njit
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from gridattn.ops.neighborhood import cpu, cpu_row_products, cpu_rows, cpu_threads, cpu_tiles, reference
+from gridattn.ops.neighborhood.cpu_team import run_team
 from gridattn.ops.neighborhood.plan import Plan, make_plan
 
 
@@ -255,16 +256,22 @@ def test_without_an_openmp_runtime_a_pool_of_threads_gives_the_same() -> None:
     assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
 
 
-@pytest.mark.parametrize("has_openmp", [True, False])
-def test_an_error_on_any_thread_reaches_the_caller(has_openmp: bool) -> None:
-    def fail() -> None:
-        raise ArithmeticError("from a thread")
+@njit(nogil=True)
+def _fail() -> None:
+    raise ArithmeticError("from a thread")
 
-    with contextlib.ExitStack() as stack:
-        if not has_openmp:
-            stack.enter_context(mock.patch.object(cpu_threads, "_openmp", return_value=None))
-        with pytest.raises(ArithmeticError, match="from a thread"):
-            cpu_threads.run_on_threads(fail, 2)
+
+@njit(nogil=True)
+def _fail_on_team(start_region, threads):
+    return run_team(_fail, (), start_region, threads)
+
+
+def test_an_error_on_any_thread_reaches_the_caller() -> None:
+    kernel = cpu_threads.Kernel(_fail, _fail_on_team)
+    with mock.patch.object(cpu_threads, "_openmp", return_value=None), pytest.raises(ArithmeticError):
+        cpu_threads.run_on_threads(kernel, (), 2)
+    with mock.patch.object(cpu_threads, "_pool_until", 0), pytest.raises(MemoryError, match="one of its threads"):
+        cpu_threads.run_on_threads(kernel, (), 2)
 
 
 def _attend_in_child(queue: multiprocessing.Queue, tensors: list[Tensor]) -> None:

@@ -172,10 +172,11 @@ def neighborhood_attention(
         torch.Size([2, 12, 9, 4, 16])
     """
     check_choice("backend", backend, ("auto", *BACKENDS))
-    query, key, value = (to_autocast_dtype(t) for t in (query, key, value))
-    additional_keys, additional_values = (
-        t if t is None else to_autocast_dtype(t) for t in (additional_keys, additional_values)
-    )
+    if _autocast_enabled(query.device.type):
+        query, key, value = map(to_autocast_dtype, (query, key, value))
+        additional_keys, additional_values = (
+            t if t is None else to_autocast_dtype(t) for t in (additional_keys, additional_values)
+        )
     check_tensors(query, key, value)
     check_additional(key, value, additional_keys, additional_values)
     plan = _make_plan(query.shape[1:-2], kernel_size, stride, dilation, is_causal)

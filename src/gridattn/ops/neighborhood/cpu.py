@@ -4,8 +4,7 @@ The operators are `gridattn::neighborhood_cpu` and `gridattn::neighborhood_cpu_b
 computed with in float32. All results are deterministic and do not depend on the number of threads.
 """
 
-from collections.abc import Callable
-from functools import cache, partial
+from functools import cache, lru_cache
 from math import e, log2, prod
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
 from gridattn.ops.neighborhood.cpu_rows import ROW_LANES, fits_rows, make_rows
-from gridattn.ops.neighborhood.cpu_threads import run_on_threads
+from gridattn.ops.neighborhood.cpu_threads import Kernel, run_on_threads
 from gridattn.ops.neighborhood.cpu_tiles import LANES, MIN_ITEMS, Tiling, make_tiling
 from gridattn.ops.neighborhood.plan import Plan, make_plan
 
@@ -77,15 +76,13 @@ def _is_plain(tensors: list[Tensor]) -> bool:
 
     The kernel can then be called without PyTorch's dispatcher, which takes longer than a small problem.
     """
-    return not (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or is_in_torch_dispatch_mode()
-        or torch.overrides.has_torch_function(tensors)
-        or any(type(t) is not Tensor and type(t) is not Parameter for t in tensors)
-        or any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors)  # pyright: ignore[reportAttributeAccessIssue]
-        or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
-    )
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode():
+        return False
+    records, is_wrapped = torch.is_grad_enabled(), torch._C._functorch.is_functorch_wrapped_tensor  # pyright: ignore[reportAttributeAccessIssue]
+    for tensor in tensors:
+        if type(tensor) not in (Tensor, Parameter) or is_wrapped(tensor) or (records and tensor.requires_grad):
+            return False
+    return not torch.overrides.has_torch_function(tensors)
 
 
 @torch.library.custom_op("gridattn::neighborhood_cpu", mutates_args=(), device_types="cpu")
@@ -250,7 +247,7 @@ def _flat(tensor: Tensor | None) -> np.ndarray:
     """A tensor's memory from its first to its last number, without a copy; bfloat16 as 16-bit integers."""
     if tensor is None:
         return _NO_TENSOR
-    tensor = tensor.detach()
+    tensor = tensor.detach() if tensor.requires_grad else tensor
     tensor = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
     if tensor.is_contiguous():
         return tensor.view(-1).numpy()
@@ -260,12 +257,15 @@ def _flat(tensor: Tensor | None) -> np.ndarray:
 
 def _strides(tensors: tuple[Tensor | None, ...], rank: int) -> np.ndarray:
     """(tensors, 5): strides along batch, three axes (0 where the grid has fewer) and heads (0 where there are none)."""
-    table = np.zeros((len(tensors), 5), dtype=np.int64)
-    for row, tensor in zip(table, tensors):
-        if tensor is not None:
-            batch, *grid = tensor.stride()[: rank + 1]
-            row[0], row[4 - rank : 4] = batch, grid
-            row[4] = tensor.stride(rank + 1) if tensor.ndim > rank + 1 else 0
+    return _stride_table(tuple(() if tensor is None else tensor.stride() for tensor in tensors), rank)
+
+
+@lru_cache(maxsize=1024)
+def _stride_table(strides: tuple[tuple[int, ...], ...], rank: int) -> np.ndarray:
+    table = np.zeros((len(strides), 5), dtype=np.int64)
+    for row, (batch, *others) in zip(table, (of or (0,) for of in strides)):
+        row[0], row[4 - rank : 4] = batch, others[:rank] or 0
+        row[4] = others[rank] if len(others) > rank else 0
     return table
 
 
@@ -288,8 +288,8 @@ def _work(query: Tensor, value: Tensor, plan: Plan) -> int:
     return query.shape[0] * query.shape[-2] * plan.num_visible * (query.shape[-1] + value.shape[-1])
 
 
-def _launch(kernel: Callable[..., None], problem: tuple, sources: np.ndarray, items: int, work: int) -> None:
+def _launch(kernel: Kernel, problem: tuple, sources: np.ndarray, items: int, work: int) -> None:
     """Runs a kernel on as many threads as PyTorch uses."""
     counter = np.zeros(1, dtype=np.int64)
     threads = 1 if work < _SERIAL_WORK else min(torch.get_num_threads(), items)
-    run_on_threads(partial(kernel, *problem, counter, sources), threads)
+    run_on_threads(kernel, (*problem, counter, sources), threads)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from gridattn.ops.neighborhood import cpu_blocks, cpu_products, cpu_tiles, cpu_vector
+from gridattn.ops.neighborhood import cpu_blocks, cpu_products, cpu_team, cpu_tiles, cpu_vector
 from gridattn.ops.neighborhood.cpu_blocks import (
     HIDDEN,
     LOG2_E,
@@ -52,6 +52,8 @@ from gridattn.ops.neighborhood.cpu_products import (
     transpose,
     weighted_sum,
 )
+from gridattn.ops.neighborhood.cpu_team import run_team
+from gridattn.ops.neighborhood.cpu_threads import Kernel
 from gridattn.ops.neighborhood.cpu_tiles import LANES
 from gridattn.ops.neighborhood.cpu_vector import take_next
 
@@ -75,11 +77,11 @@ def sources(*modules: ModuleType) -> np.ndarray:
     return np.empty(0, dtype=[(f"sources_{sha256(text.encode()).hexdigest()[:16]}", np.int8)])
 
 
-SOURCES = sources(cpu_blocks, cpu_products, cpu_tiles, cpu_vector)
+SOURCES = sources(cpu_blocks, cpu_products, cpu_team, cpu_tiles, cpu_vector)
 
 
 @compiled
-def forward(
+def _forward(
     query, key, value, bias, key_mask, out, lse, strides, sizes, scale,
     step, kernel, shape, tiles, runs, blocks, patterns, capacity, items, counter, texts,
 ):  # fmt: skip
@@ -160,7 +162,7 @@ def forward(
 
 
 @compiled
-def backward(
+def _backward(
     query, key, value, bias, key_mask, out, lse, d_out, d_lse, d_query, d_key, d_value, d_bias, strides, sizes, scale,
     step, kernel, shape, tiles, runs, blocks, patterns, capacity, items, counter, texts,
 ):  # fmt: skip
@@ -267,3 +269,16 @@ def backward(
                     add_bias_gradient(pattern, extent, kernel, d_logits, visible, bias_start, d_bias)
         add_box(d_keys, LN_2, dk_stride, sample, key_head, step, box, depth, pitch, d_key)
         add_box(d_values, 1.0, dv_stride, sample, key_head, step, box, value_depth, value_pitch, d_value)
+
+
+@compiled
+def _forward_on_team(start_region, threads, *problem):
+    return run_team(_forward, problem, start_region, threads)
+
+
+@compiled
+def _backward_on_team(start_region, threads, *problem):
+    return run_team(_backward, problem, start_region, threads)
+
+
+forward, backward = Kernel(_forward, _forward_on_team), Kernel(_backward, _backward_on_team)

@@ -6,7 +6,7 @@ Threads, views of memory and base 2 are as in `cpu_kernels`.
 import numpy as np
 from numba import njit
 
-from gridattn.ops.neighborhood import cpu_blocks, cpu_products, cpu_row_products, cpu_vector
+from gridattn.ops.neighborhood import cpu_blocks, cpu_products, cpu_row_products, cpu_team, cpu_vector
 from gridattn.ops.neighborhood.cpu_blocks import LOG2_E, numbers, room
 from gridattn.ops.neighborhood.cpu_kernels import compiled, sources
 from gridattn.ops.neighborhood.cpu_row_products import (
@@ -19,10 +19,12 @@ from gridattn.ops.neighborhood.cpu_row_products import (
     row_scores,
     write_columns,
 )
+from gridattn.ops.neighborhood.cpu_team import run_team
+from gridattn.ops.neighborhood.cpu_threads import Kernel
 from gridattn.ops.neighborhood.cpu_vector import take_next
 
 BAND = 4  # pairs of query rows whose keys are visited before their values: most of a pair's keys are the next one's too
-SOURCES = sources(cpu_blocks, cpu_products, cpu_row_products, cpu_vector)
+SOURCES = sources(cpu_blocks, cpu_products, cpu_row_products, cpu_team, cpu_vector)
 
 
 @njit(nogil=True)
@@ -52,7 +54,7 @@ def _place_pair(pair, rows, bias_at, row_bias, place):
 
 
 @compiled
-def forward_rows(
+def _forward_rows(
     query, key, value, bias, out, lse, strides, sizes, scale, bias_size,
     step, kernel, blocks, planes, pairs, vectors, lanes, capacity, items, counter, texts,
 ):  # fmt: skip
@@ -144,3 +146,11 @@ def forward_rows(
                                 at = _place(out_stride, sample, head, plane[0], pairs[i, 3 * m], first)
                                 start, apart = m * value_pitch * ROW_LANES, step[2] * out_stride[3]
                                 write_columns(mixed, start, inverse[i - band, m], queries, value_depth, out, at, apart)
+
+
+@compiled
+def _forward_rows_on_team(start_region, threads, *problem):
+    return run_team(_forward_rows, problem, start_region, threads)
+
+
+forward_rows = Kernel(_forward_rows, _forward_rows_on_team)

@@ -18,7 +18,6 @@ from gridattn.ops.neighborhood.plan import AxisPlan, Plan
 
 ROW_LANES = 8
 SHAPE = (1, 2, ROW_LANES)
-CACHE_LINE = 16  # numbers
 
 
 @dataclass(frozen=True)
@@ -78,8 +77,8 @@ def make_rows(plan: Plan, row_bytes: int, heads: int, min_items: int) -> RowTili
     planes = [(first, start, bias) for first, _, start, bias, *_ in parts[0]]
     vectors = [part[:4] for part in parts[2]]
     most = [max(row[1] for row in table) for table in blocks]
-    # Loads may reach past the last key; rows of an even number of cache lines would share few sets of the cache.
-    pitch = (ceil((most[2] + ROW_LANES) / CACHE_LINE) // 2 * 2 + 1) * CACHE_LINE
+    # Loads may reach past the last key; rows of an even number of vectors would share few sets of the cache.
+    pitch = (ceil((most[2] + ROW_LANES) / ROW_LANES) // 2 * 2 + 1) * ROW_LANES
     return RowTiling(
         step=np.array([axis.dilation for axis in axes]),
         kernel=np.array([axis.kernel for axis in axes]),

@@ -13,57 +13,49 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from threading import get_ident
-from time import perf_counter
+from time import perf_counter_ns
+from typing import NamedTuple
 
 import torch
 
-HELD_UP = 0.001  # seconds that a caller may wait for the other OpenMP threads
-POOL_TIME = 1.0  # seconds before OpenMP is tried again after it has held up a caller
-_REGION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+HELD_UP = 1_000_000  # nanoseconds that a caller may wait for the other OpenMP threads
+POOL_TIME = 1_000_000_000  # nanoseconds before OpenMP is tried again after it has held up a caller
+FAILED = -1  # what a kernel on a team gives that raised on one of its threads
 _in_forked_process = False
-_pool_until = 0.0
+_pool_until = 0
 
 
-def run_on_threads(call: Callable[[], None], count: int) -> None:
-    """Calls a function up to `count` times at once, always once on this thread; raises what any of the calls raises.
+class Kernel(NamedTuple):
+    """A compiled kernel that several threads may run at once.
 
-    A single call has to do all the work that it finds undone, as the others may come late or never.
+    Each call has to do all the work that it finds undone, as others may come late or never.
     """
-    if count == 1:
-        call()
-    elif _in_forked_process or perf_counter() < _pool_until or _openmp() is None:
-        _run_in_pool(call, count)
-    else:
-        _run_in_region(call, count)
+
+    call: Callable[..., None]
+    call_on_team: Callable[..., int]  # takes the arguments of `run_team` and then those of the kernel
 
 
-def _run_in_region(call: Callable[[], None], count: int) -> None:
+def run_on_threads(kernel: Kernel, problem: tuple, count: int) -> None:
+    """Calls a kernel on this thread and up to `count` - 1 others at once; raises if any of the calls does."""
     global _pool_until
-    start_region = _openmp()
-    assert start_region is not None
-    errors: list[BaseException] = []
-    caller, times = get_ident(), [perf_counter()]
-
-    def region(_: int | None) -> None:
-        try:
-            call()
-        except BaseException as error:
-            errors.append(error)
-        if get_ident() == caller:
-            times.append(perf_counter())
-
-    start_region(_REGION(region), None, count, 0)
-    begin, done, end = *times, perf_counter()
-    if end - done > max(HELD_UP, (done - begin) / 2):
-        _pool_until = end + POOL_TIME
-    if errors:
-        raise errors[0]
+    start_region = None if _in_forked_process or count == 1 else _openmp()
+    begin = perf_counter_ns()
+    if count == 1:
+        kernel.call(*problem)
+    elif start_region is None or begin < _pool_until:
+        _run_in_pool(kernel.call, problem, count)
+    else:
+        first_end = kernel.call_on_team(start_region, count, *problem)
+        end = perf_counter_ns()
+        if first_end == FAILED:
+            raise MemoryError("a compiled kernel failed on one of its threads")  # all that it can lack is memory
+        if end - first_end > max(HELD_UP, (first_end - begin) // 2):
+            _pool_until = end + POOL_TIME
 
 
 @cache
-def _openmp() -> Callable[..., None] | None:
-    """The function that starts a parallel region in PyTorch's OpenMP runtime (named by GCC's ABI), or None."""
+def _openmp() -> int | None:
+    """The address in PyTorch's OpenMP runtime of what starts a parallel region (named by GCC's ABI), or None."""
     maps = Path("/proc/self/maps")
     if not sys.platform.startswith("linux") or not maps.exists():
         return None
@@ -73,14 +65,12 @@ def _openmp() -> Callable[..., None] | None:
     if len(own) != 1:
         return None
     function = getattr(ctypes.CDLL(own[0]), "GOMP_parallel", None)
-    if function is not None:
-        function.argtypes, function.restype = [_REGION, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
-    return function
+    return None if function is None else ctypes.cast(function, ctypes.c_void_p).value
 
 
-def _run_in_pool(call: Callable[[], None], count: int) -> None:
-    futures = [_pool().submit(call) for _ in range(count - 1)]
-    call()
+def _run_in_pool(call: Callable[..., None], problem: tuple, count: int) -> None:
+    futures = [_pool().submit(call, *problem) for _ in range(count - 1)]
+    call(*problem)
     for future in futures:
         if not future.cancel():
             future.result()

@@ -21,7 +21,7 @@ intrinsic: Any = numba.extending.intrinsic  # callers see another signature than
 _CACHE_LINE = 64
 _INT64 = ir.IntType(64)
 # Degree of the polynomial for 2^x on [-1/2, 1/2] and the format of numbers: bits, mantissa bits, exponent bias.
-_FORMATS = {types.float32: (6, 32, 23, 127), types.float64: (12, 64, 52, 1023)}
+_FORMATS = {types.float32: (5, 32, 23, 127), types.float64: (12, 64, 52, 1023)}
 
 
 class Vectors:
@@ -127,12 +127,12 @@ class Vectors:
         degree, bits, mantissa, exponent_bias = _FORMATS[self.dtype]
         lowest = self.constant(-float(exponent_bias))
         x = self.builder.select(self.builder.fcmp_ordered("<", x, lowest), lowest, x)  # lets a NaN pass
-        n = self.call("llvm.rint", x)
-        fraction = self.builder.fsub(x, n)
+        # A sum with a number that has no bits left for a fraction rounds x; its lowest bits are n + exponent_bias.
+        shift = self.constant(1.5 * 2**mantissa + exponent_bias)
+        shifted = self.builder.fadd(x, shift)
+        fraction = self.builder.fsub(x, self.builder.fsub(shifted, shift))
         power = self._fit(np.exp2, degree, (-0.5, 0.5), fraction)
-        exponent = self.builder.fptosi(n, self._integers(bits))
-        exponent = self.builder.add(exponent, self._integers(bits, exponent_bias))
-        exponent = self.builder.shl(exponent, self._integers(bits, mantissa))
+        exponent = self.builder.shl(self.builder.bitcast(shifted, self._integers(bits)), self._integers(bits, mantissa))
         return self.builder.fmul(power, self.builder.bitcast(exponent, self.type))
 
     def log2(self, x: ir.Value) -> ir.Value:

@@ -28,8 +28,7 @@ class AxisPlan:
     """Windows along one axis.
 
     Index i sees the keys `start[i] + dilation * j` for j in range(count[i]); their offsets into a table of relative
-    position
-    biases (2k - 1 entries, entry k - 1 is the query itself) are `bias_start[i] + j`.
+    position biases (2k - 1 entries, entry k - 1 is the query itself) are `bias_start[i] + j`.
     """
 
     length: int
@@ -106,6 +105,13 @@ class Plan:
     """One neighborhood attention problem: the axes of a grid, hashable so that what derives from it can be cached."""
 
     axes: tuple[AxisPlan, ...]
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self.axes)
+
+    def __hash__(self) -> int:  # of all axes, which takes long, but once
+        return self._hash
 
     @property
     def rank(self) -> int:
