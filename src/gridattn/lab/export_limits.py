@@ -33,7 +33,6 @@ LIMITS = (
     ExportLimit("global_local", (1,), "program for any grid", CASES),
     ExportLimit("global_local", (1, 2, 3), "ONNX", SORT),
     ExportLimit("routing", (1, 3), "program for any grid", CASES),
-    ExportLimit("routing", (2,), "ONNX for any grid", "ONNX cuts off where PyTorch rounds a cluster's size down"),
     ExportLimit("scan_window", (1, 2, 3), "program for any grid", SCAN),
     ExportLimit("selective_scan", (1, 2, 3), "program for any grid", SCAN),
     ExportLimit("selective_scan_cross", (1, 2, 3), "program for any grid", SCAN),

@@ -271,8 +271,9 @@ class RoutingAttention(GridAttention):
             self.kmeans.update()
 
     def _cluster_size(self, positions: int) -> int:
-        size = -(-positions // self.num_clusters) if self.cluster_size is None else self.cluster_size
-        return min(size, positions)
+        if self.cluster_size is not None:
+            return min(self.cluster_size, positions)
+        return (positions + self.num_clusters - 1) // self.num_clusters  # rounds up without negative numbers
 
     def macs(self, grid: Sequence[int]) -> int:
         n, projections = prod(grid), 3 * self.local_heads + (2 if self.shared_qk else 3) * self.routing_heads

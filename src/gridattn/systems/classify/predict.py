@@ -9,7 +9,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from gridattn.data import find_images, read_image
+from gridattn.data.images import listed_images, read_image
 from gridattn.systems.base import pick_device
 from gridattn.systems.classify.export import Classifier, load_classifier
 from gridattn.systems.output import atomic, write_csv, write_json
@@ -50,7 +50,7 @@ def predict_classes(
     """
     check_least("top", top, 1)
     check_least("batch_size", batch_size, 1)
-    files = _files(images)
+    files = listed_images(images)
     classifier = load_classifier(checkpoint)
     where = pick_device(device)
     classifier.model.to(where)
@@ -79,21 +79,6 @@ def predict_classes(
     write_csv(Path(output) / "predictions.csv", [_row(prediction) for prediction in predictions])
     _draw(thumbnails, predictions, Path(output) / "predictions.png")
     return result
-
-
-def _files(images: Sequence[str]) -> list[Path]:
-    if not images:
-        raise ValueError("images is empty; name picture files or folders of them")
-    files: list[Path] = []
-    for name in images:
-        path = Path(name).expanduser()
-        found = find_images(path) if path.is_dir() else [path]
-        if not path.exists():
-            raise ValueError(f"image {str(path)!r} does not exist")
-        if not found:
-            raise ValueError(f"folder {str(path)!r} holds no images")
-        files += found
-    return files
 
 
 def _batches(

@@ -13,7 +13,7 @@ from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gridattn.data import find_images, read_image
+from gridattn.data.images import listed_images, read_image
 from gridattn.ops.common import check_probability
 from gridattn.systems.base import pick_device
 from gridattn.systems.detect.coco import encode
@@ -64,7 +64,7 @@ def predict_objects(
     for name, value in {"score": score, "overlap": overlap, "mask": mask}.items():
         check_probability(name, value)
     check_least("most", most, 1)
-    files = _files(images) if images else []
+    files = listed_images(images) if images else []
     trained = load_detector(checkpoint)
     where = pick_device(device)
     model: Any = trained.model.to(where)
@@ -96,19 +96,6 @@ def predict_objects(
     write_json(Path(output) / "images.json", {"images": listed, "skipped": skipped})
     draw_detections(shown, trained.about["classes"], Path(output) / "detections.png")
     return result
-
-
-def _files(images: Sequence[str]) -> list[Path]:
-    files: list[Path] = []
-    for name in images:
-        path = Path(name).expanduser()
-        if not path.exists():
-            raise ValueError(f"image {str(path)!r} does not exist")
-        found = find_images(path) if path.is_dir() else [path]
-        if not found:
-            raise ValueError(f"folder {str(path)!r} holds no images")
-        files += found
-    return files
 
 
 def _read(files: Sequence[Path]) -> tuple[dict[str, Any], list[dict[str, str]]]:
