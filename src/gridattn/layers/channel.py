@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from gridattn.layers.common import GridAttention
 from gridattn.layers.registry import register_attention
 from gridattn.ops.channel_attention import channel_attention, channel_self_attention, channel_weights
-from gridattn.ops.common import check_channels
+from gridattn.ops.common import autocast_enabled, check_channels
 
 
 @register_attention(
@@ -85,7 +85,7 @@ class ChannelAttention(GridAttention):
         A Gram matrix in half precision would lose digits, and a symbolic size cannot decide.
         """
         positions = prod(x.shape[1:-1])
-        exact = x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(x.device.type)
+        exact = x.dtype in (torch.float32, torch.float64) and not autocast_enabled(x.device.type)
         return exact and isinstance(positions, int) and self._gram_matrix_pays(positions)
 
     def _gram_matrix_pays(self, positions: int) -> bool:

@@ -114,12 +114,11 @@ class WindowAttention(GridAttention):
         grid = self.check_input(x)
         window, shift = self._clip(grid)
         # Windows are cut before the projection: one cut instead of three.
-        query, key, value = self._project(partition_windows(x, window, self.partition, shift))
-        out = self._attend_windows(query, key, value, grid, window, shift)
-        return self.proj_drop(self.proj(merge_windows(out.flatten(-2), window, grid, self.partition, shift)))
-
-    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
-        return rearrange(self.qkv(x), "... (three h d) -> three ... h d", three=3, h=self.num_heads).unbind(0)
+        windows = partition_windows(x, window, self.partition, shift)
+        stacked = self.qkv(windows).view(-1, prod(window), 3, self.num_heads, self.dim // self.num_heads)
+        out = self._attend_windows(*stacked.permute(2, 0, 3, 1, 4).unbind(0), grid, window, shift)
+        out = out.transpose(1, 2).view(*windows.shape[:-1], self.num_heads, -1)
+        return self.proj_drop(self.proj(merge_windows(out, window, grid, self.partition, shift).reshape(x.shape)))
 
     def _attend_windows(
         self,
@@ -130,17 +129,15 @@ class WindowAttention(GridAttention):
         window: Sequence[int],
         shift: Sequence[int],
     ) -> Tensor:
-        """Query, key and value, (B, windows, positions, heads, head_dim) each -> the same."""
-        q, k, v = (rearrange(t, "b n w h d -> (b n) h w d") for t in (query, key, value))
-        out = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=self._logit_bias(grid, window, shift, q),
+        """Query, key and value, (B * windows, heads, positions, head_dim) each -> the same."""
+        return F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=self._logit_bias(grid, window, shift, query),
             dropout_p=self.attention_dropout if self.training else 0.0,
             scale=self.scale,
         )
-        return rearrange(out, "(b n) h w d -> b n w h d", n=query.shape[1])
 
     def _clip(self, grid: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         # A symbolic size, met while a graph with dynamic sizes is exported, keeps the whole window: padding is masked.
@@ -180,12 +177,15 @@ class WindowAttention(GridAttention):
         position = self.check_query(x, query)
         grid = self.check_input(x)
         window, shift = self._clip(grid)
-        q, k, v = self._project(x)
-        q, k = (partition_windows(t, window, self.partition, shift) for t in (q, k))
+        projected = self.qkv(x).view(*x.shape[:-1], 3, self.num_heads, -1).unbind(-3)
+
+        def cut(t: Tensor) -> Tensor:
+            return partition_windows(t, window, self.partition, shift).flatten(0, 1).transpose(1, 2)
+
+        q, k = map(cut, projected[:2])
 
         def attend(value: Tensor) -> Tensor:
-            cut = partition_windows(value, window, self.partition, shift)
-            out = self._attend_windows(q, k, cut, grid, window, shift)
-            return merge_windows(out, window, grid, self.partition, shift)
+            out = self._attend_windows(q, k, cut(value), grid, window, shift).transpose(1, 2)
+            return merge_windows(out.unflatten(0, (len(x), -1)), window, grid, self.partition, shift)
 
-        return value_gradient_map(attend, v, position)
+        return value_gradient_map(attend, projected[2], position)

@@ -4,7 +4,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from gridattn.ops.common import check_same_kind
+from gridattn.ops.common import autocast_enabled, check_same_kind
 
 
 def channel_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None) -> Tensor:
@@ -60,7 +60,7 @@ def channel_weights(query: Tensor, key: Tensor, *, scale: float | None = None) -
     k = rearrange(key.flatten(1, -3), "b n g e -> b g n e")
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     half = query.dtype == torch.float16
-    with torch.autocast(query.device.type, enabled=torch.is_autocast_enabled(query.device.type) and not half):
+    with torch.autocast(query.device.type, enabled=autocast_enabled(query.device.type) and not half):
         if half:
             q, k = q.float(), k.float()
         logits = (q * factor) @ k

@@ -91,3 +91,9 @@ def check_same_kind(**tensors: torch.Tensor) -> None:
             raise ValueError(
                 f"{name} is on {tensor.device} but {first_name} is on {first.device}; one device is allowed"
             )
+
+
+def autocast_enabled(device_type: str) -> bool:
+    """Whether an autocast region is active for a type of device; some types, such as "meta", have none."""
+    available = device_type in ("cpu", "cuda") or torch.amp.is_autocast_available(device_type)
+    return available and torch.is_autocast_enabled(device_type)

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 
 from gridattn.ops.common import check_choice, check_same_kind, per_axis
@@ -105,9 +104,8 @@ def relative_rows(table: Tensor, num_queries: int, window: int) -> Tensor:
     Returns:
         (num_queries, window, head_dim): entry (r, u) is `table[u - r + window - 1]`.
     """
-    key_place = torch.arange(window, device=table.device)
-    query_place = torch.arange(num_queries, device=table.device)
-    return table[key_place - query_place[:, None] + window - 1]
+    by_start = table.unfold(0, window, 1)  # a query at place r reads from entry window - 1 - r on
+    return by_start[window - num_queries :].flip(0).transpose(1, 2)
 
 
 class _Windows(NamedTuple):
@@ -165,10 +163,9 @@ def _attend(
     mask_padding: bool,
 ) -> Tensor:
     rank, heads = len(windows.grid), key.shape[-2]
-    index, barred = _window_tables(windows, key)
     q = _to_blocks(query, windows)  # (B * heads, *blocks, *places, head_dim)
-    k, v = (_heads_first(_pad_keys(x, windows)).index_select(1, index) for x in (key, value))
-    k, v = (x.reshape(q.shape[0], prod(windows.blocks), prod(windows.window), x.shape[-1]) for x in (k, v))
+    k, v = (_to_windows(_pad_keys(x, windows), windows) for x in (key, value))
+    barred = _tables(windows, key)[1] if mask_padding else []
 
     terms = []  # per axis: what the logits gain by the key's place, (B * heads, *blocks, *places, window)
     for axis in range(rank if tables or mask_padding else 0):
@@ -209,13 +206,13 @@ def _attend_fused(q: Tensor, k: Tensor, v: Tensor, terms: list[Tensor], windows:
     return F.scaled_dot_product_attention(q, k, padded_value, scale=1.0)[..., : v.shape[-1]]
 
 
-def _window_tables(windows: _Windows, like: Tensor) -> tuple[Tensor, list[Tensor]]:
+def _tables(windows: _Windows, like: Tensor) -> tuple[Tensor, list[Tensor]]:
     """The tables, kept between calls except while a graph is traced: a traced tensor must not outlive its graph."""
-    build = _build_window_tables if torch.compiler.is_compiling() else _kept_window_tables
+    build = _build_tables if torch.compiler.is_compiling() else _kept_tables
     return build(windows, like.device, like.dtype)
 
 
-def _build_window_tables(windows: _Windows, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+def _build_tables(windows: _Windows, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
     """Where the keys of every block are, and which of them lie outside the map.
 
     Returns:
@@ -239,13 +236,21 @@ def _build_window_tables(windows: _Windows, device: torch.device, dtype: torch.d
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
-def _kept_window_tables(windows: _Windows, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
-    return _build_window_tables(windows, device, dtype)
+def _kept_tables(windows: _Windows, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    return _build_tables(windows, device, dtype)
 
 
-def _heads_first(x: Tensor) -> Tensor:
-    """(B, *grid, heads, channels) -> (B * heads, positions, channels)."""
-    return rearrange(x.flatten(1, -3), "b n h d -> (b h) n d")
+def _to_windows(x: Tensor, windows: _Windows) -> Tensor:
+    """The padded map (B, *grid, heads, channels) -> (B * heads, blocks, positions of a window, channels)."""
+    rank, (batch, heads, channels) = len(windows.grid), (x.shape[0], *x.shape[-2:])
+    if torch.is_grad_enabled() and x.requires_grad:  # the gradient of a gather takes less time than that of an unfold
+        index, _ = _tables(windows, x)
+        x = x.flatten(1, rank).transpose(1, 2).flatten(0, 1).index_select(1, index)
+    else:
+        for axis, (window, block) in enumerate(zip(windows.window, windows.block), start=1):
+            x = x.unfold(axis, window, block)
+        x = x.permute(0, 1 + rank, *range(1, 1 + rank), *range(3 + rank, 3 + 2 * rank), 2 + rank)
+    return x.reshape(batch * heads, prod(windows.blocks), prod(windows.window), channels)
 
 
 def _to_blocks(x: Tensor, windows: _Windows) -> Tensor:

@@ -10,11 +10,12 @@ Sources: arXiv 2103.14030 (blocks and their cyclic shift), arXiv 2204.01697 (the
 """
 
 from collections.abc import Sequence
+from functools import cache
+from math import prod
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 
 Layout = Literal["block", "grid"]
@@ -58,12 +59,13 @@ def merge_windows(
         >>> torch.equal(merge_windows(windows, (3, 2), (5, 7), "grid"), x)
         True
     """
-    axes = range(len(window))
-    counts = {f"n{a}": (grid[a] + window[a] - 1) // window[a] for a in axes}
-    sizes = {f"w{a}": window[a] for a in axes}
-    x = rearrange(windows, f"{_flat(axes)} -> {_spread(axes, layout)}", **counts, **sizes)
+    rank, features = len(window), windows.shape[3:]
+    counts = [(size + w - 1) // w for size, w in zip(grid, window)]
+    apart = windows.view(windows.shape[0], *counts, *window, *features)
+    padded = [n * w for n, w in zip(counts, window)]
+    x = apart.permute(_axes_merged(rank, len(features), layout)).reshape(windows.shape[0], *padded, *features)
     if shift is not None and any(shift):
-        x = x.roll(tuple(shift), tuple(a + 1 for a in axes))
+        x = x.roll(tuple(shift), tuple(range(1, 1 + rank)))
     return _pad_end(x, [-pad for pad in _padding(grid, window)])
 
 
@@ -103,20 +105,33 @@ def window_mask(
 
 
 def _cut(x: Tensor, window: Sequence[int], layout: Layout, shift: Sequence[int] | None) -> Tensor:
-    axes = range(len(window))
+    rank, features = len(window), x.shape[1 + len(window) :]
     if shift is not None and any(shift):
-        x = x.roll(tuple(-s for s in shift), tuple(a + 1 for a in axes))
-    sizes = {f"w{a}": window[a] for a in axes}
-    return rearrange(x, f"{_spread(axes, layout)} -> {_flat(axes)}", **sizes)
+        x = x.roll(tuple(-s for s in shift), tuple(range(1, 1 + rank)))
+    counts = [size // w for size, w in zip(x.shape[1:], window)]
+    pairs = (part for n, w in zip(counts, window) for part in _in_layout(n, w, layout))
+    apart = x.reshape(x.shape[0], *pairs, *features)
+    cut = apart.permute(_axes_cut(rank, len(features), layout))
+    return cut.reshape(x.shape[0], prod(counts), prod(window), *features)
 
 
-def _flat(axes: range) -> str:
-    return f"b ({' '.join(f'n{a}' for a in axes)}) ({' '.join(f'w{a}' for a in axes)}) ..."
+@cache
+def _axes_cut(rank: int, features: int, layout: Layout) -> tuple[int, ...]:
+    """Axes of a grid with all its axes split, in the order of cut windows: their numbers, then the places inside."""
+    numbers, places = zip(*(_in_layout(1 + 2 * a, 2 + 2 * a, layout) for a in range(rank)))
+    return 0, *numbers, *places, *range(1 + 2 * rank, 1 + 2 * rank + features)
 
 
-def _spread(axes: range, layout: Layout) -> str:
-    pattern = {"block": "(n{a} w{a})", "grid": "(w{a} n{a})"}[layout]
-    return f"b {' '.join(pattern.format(a=a) for a in axes)} ..."
+@cache
+def _axes_merged(rank: int, features: int, layout: Layout) -> tuple[int, ...]:
+    """The inverse of `_axes_cut`."""
+    order = _axes_cut(rank, features, layout)
+    return tuple(sorted(range(len(order)), key=order.__getitem__))
+
+
+def _in_layout(number: int, place: int, layout: Layout) -> tuple[int, int]:
+    """What stands for a window's number and for a place inside it, in the order of the grid; its own inverse."""
+    return (number, place) if layout == "block" else (place, number)
 
 
 def _pad_end(x: Tensor, padding: list[int]) -> Tensor:

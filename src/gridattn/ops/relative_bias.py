@@ -6,7 +6,6 @@ A table for windows of w positions per axis has the shape (heads, 2w - 1, ...); 
 from collections.abc import Sequence
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from gridattn.ops.resize import resize_table
@@ -20,6 +19,8 @@ def crop_relative_bias(table: Tensor, window: Sequence[int]) -> Tensor:
         [[2.0, 3.0, 4.0]]
     """
     for axis, size in enumerate(window, start=1):
+        if table.shape[axis] == 2 * size - 1:
+            continue
         centre = table.shape[axis] // 2
         table = table.narrow(axis, centre - (size - 1), 2 * size - 1)
     return table
@@ -40,12 +41,9 @@ def expand_relative_bias(table: Tensor, window: Sequence[int]) -> Tensor:
         [[[0.0, 1.0], [-1.0, 0.0]]]
     """
     rank = len(window)
-    index = []
-    for axis, size in enumerate(window):
-        position = torch.arange(size, device=table.device)
-        offset = position[None, :] - position[:, None] + size - 1
-        index.append(offset.view([size if a % rank == axis else 1 for a in range(2 * rank)]))
-    return table[(slice(None), *index)].flatten(1 + rank).flatten(1, rank)
+    for axis, size in enumerate(window, start=1):
+        table = table.unfold(axis, size, 1)  # entry w - 1 - q of the axis starts the biases that query q needs
+    return table.flip(*range(1, 1 + rank)).flatten(1 + rank).flatten(1, rank)
 
 
 def resize_relative_bias(table: Tensor, window: Sequence[int], mode: Literal["cubic", "linear"] = "cubic") -> Tensor:

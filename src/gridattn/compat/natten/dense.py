@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from gridattn.ops.common import check_same_kind
+from gridattn.ops.common import autocast_enabled, check_same_kind
 from gridattn.ops.packing import map_groups
 
 
@@ -72,7 +72,7 @@ def _explicit_attention(
     query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float | None
 ) -> tuple[Tensor, Tensor]:
     kind = query.device.type
-    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    autocast = autocast_enabled(kind)
     dtype = torch.get_autocast_dtype(kind) if autocast and query.dtype != torch.float64 else query.dtype
     wide = torch.promote_types(dtype, torch.float32)
     q = rearrange(query.to(dtype).to(wide), "b s (h group) d -> b h group s d", h=key.shape[2])
