@@ -1,6 +1,6 @@
 """Neighborhood attention against dense attention, compiled FlexAttention and our own `tiled` backend.
 
-    python benchmarks/neighborhood.py [--device cpu] [--quick] [--json PATH]
+    python benchmarks/neighborhood.py [--device cpu] [--quick] [--suite ours|natten] [--json PATH]
 
 One run gives one table of ratios: how many times faster than each rival, and the share of the machine's matrix product
 rate that is reached in useful arithmetic: 2 * (D + Dv) operations per visible pair forward, 5 / 2 times that backward.
@@ -27,6 +27,7 @@ from common import (
     write_json,
 )
 from einops import rearrange
+from natten_suite import run_suite
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
@@ -171,9 +172,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--quick", action="store_true", help="the two small problems and fewer rounds")
+    parser.add_argument(
+        "--suite", choices=("ours", "natten"), default="ours", help="natten: its published runs, on CUDA"
+    )
     parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "neighborhood.json")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", module="torch")
+    results_folder = Path(__file__).parent / "results"
+    if arguments.suite == "natten":
+        write_json(arguments.json or results_folder / "natten_suite.json", run_suite(arguments.device))
+        return
+    path = arguments.json or results_folder / "neighborhood.json"
 
     results = []
     for problem in PROBLEMS[:2] if arguments.quick else PROBLEMS:
@@ -183,14 +192,14 @@ def main() -> None:
                 print("measured", *cells(results[-1]), flush=True)
                 torch.compiler.reset()
     memory = memory_rows() if arguments.device == "cpu" else {}
-    write_json(arguments.json, {"machine": machine(arguments.device), "results": results, "peak_memory_gib": memory})
+    write_json(path, {"machine": machine(arguments.device), "results": results, "peak_memory_gib": memory})
 
     print_table("Neighborhood attention: times faster than ...", COLUMNS, [cells(result) for result in results])
     for reason in sorted({f"{name}: {text}" for r in results for name, text in r["failures"].items()}):
         print("does not run:", reason)
     if memory:
         print_table("Peak memory", ("process", "GiB"), list(memory.items()))
-    print(f"written to {arguments.json}")
+    print(f"written to {path}")
 
 
 if __name__ == "__main__":

@@ -261,14 +261,26 @@ def show(
 )
 def simulate(
     grid: Annotated[str | None, typer.Option(help="Tokens per axis, such as 30x48x80.")] = None,
-    kernel: Annotated[str | None, typer.Option(help="Window per axis; one number serves all axes.")] = None,
+    kernel: Annotated[
+        str | None, typer.Option(help="Window per axis; one number serves all axes. A sweep without it tries many.")
+    ] = None,
     tile_q: Annotated[str | None, typer.Option(help="Queries per tile and axis.")] = None,
     tile_kv: Annotated[str | None, typer.Option(help="Keys per tile and axis.")] = None,
+    tiles: Annotated[
+        str | None,
+        typer.Option(help="Instead of both: all tiles of hopper, hopper-64, hopper-256, blackwell or flex kernels."),
+    ] = None,
     stride: Annotated[str, typer.Option(help="Queries per axis that share a window.")] = "1",
     dilation: Annotated[str, typer.Option(help="Step between the keys of a window.")] = "1",
     causal: Annotated[str, typer.Option(help="Axes that see no later key, such as 1x0x0.")] = "0",
     dynamic: Annotated[bool, typer.Option("--dynamic", help="Key tiles start at the first key needed.")] = False,
-    sweep: Annotated[bool, typer.Option("--sweep", help="List the strides worth trying, slowest first.")] = False,
+    sweep: Annotated[
+        bool,
+        typer.Option("--sweep", help="List the strides worth trying, slowest first; without --kernel, the windows."),
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="PNG, PDF or SVG file for a picture of the sweep; CSV and JSON beside it.")
+    ] = None,
     attention_share: Annotated[
         float, typer.Option(help="Share of the model's run time that is self-attention, for the last column.")
     ] = 1.0,
@@ -280,14 +292,15 @@ def simulate(
     if preset is not None:
         _print_table("published end-to-end speed-ups and ours", lab.preset_rows(preset))
         return
+    if out is not None and not sweep:
+        raise ValueError(f"--out {str(out)!r} is for the picture of a sweep; add --sweep")
     sizes = {"grid": grid, "kernel": kernel, "tile-q": tile_q, "tile-kv": tile_kv}
-    missing = [name for name, value in sizes.items() if value is None]
-    if missing:
-        raise ValueError(f"--{missing[0]} is missing; --grid, --kernel, --tile-q and --tile-kv go together")
-    setting = {**sizes, "stride": stride, "dilation": dilation, "causal": causal}
-    parsed = {name: lab.parse_sizes(name, str(value)) for name, value in setting.items()}
-    tiling = "dynamic" if dynamic else "static"
-    _print_table("tiles and speed-up bounds", lab.setting_rows(parsed, tiling, sweep, attention_share))
+    sizes |= {"stride": stride, "dilation": dilation, "causal": causal}
+    setting = lab.read_setting(sizes, tiles, dynamic=dynamic, sweep=sweep, attention_share=attention_share)
+    rows = lab.sweep_rows(setting, out) if sweep else lab.setting_rows(setting)
+    _print_table("tiles and speed-up bounds", rows)
+    if out is not None:
+        print(f"written: {out}, {out.with_suffix('.csv')} and {out.with_suffix('.json')}")
 
 
 @app.command(epilog="Example: `gridattn demos classify segment --out runs/systems`")

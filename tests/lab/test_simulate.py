@@ -1,6 +1,5 @@
 """Facts about the tile model of neighborhood attention."""
 
-from itertools import product
 from math import ceil, prod
 
 import numpy as np
@@ -9,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gridattn.lab.presets import PRESETS
-from gridattn.lab.simulate import end_to_end, simulate, sweep_strides
+from gridattn.lab.simulate import end_to_end, simulate
 from gridattn.ops.neighborhood.plan import AxisPlan
 
 
@@ -159,21 +158,6 @@ def test_published_end_to_end_figures_are_reproduced(preset) -> None:
 def test_end_to_end_of_no_gain_is_one_and_grows_with_each_argument() -> None:
     assert end_to_end(1, 0.6, 0.7) == 1
     assert end_to_end(3, 0.6, 0.7) > end_to_end(2, 0.6, 0.7) > end_to_end(2, 0.5, 0.7) > end_to_end(2, 0.5, 0.6)
-
-
-def test_the_sweep_keeps_just_the_strides_that_no_smaller_stride_matches() -> None:
-    setting = {"query_tile": (2, 3), "key_tile": (2, 2)}
-    kept = {choice.stride: choice.simulation.max_visited for choice in sweep_strides((12, 10), (4, 6), **setting)}
-    visits = {
-        stride: simulate((12, 10), (4, 6), stride, **setting).max_visited
-        for stride in product(range(1, 5), range(1, 7))
-    }
-    for stride, count in visits.items():
-        beaten = any(
-            other != stride and all(o <= s for o, s in zip(other, stride)) and visits[other] <= count
-            for other in visits
-        )
-        assert (stride in kept) == (not beaten)
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ from gridattn.ops.neighborhood.checks import count_visible_keys
 
 
 def installed_backends() -> list[str]:
-    """Backends other than the reference that run on this machine's cpu."""
-    x = torch.zeros(1, 4, 1, 4)
+    """Backends other than the reference that run on this machine's cpu, with gradients."""
+    x = torch.zeros(1, 4, 1, 4, requires_grad=True)
     return [name for name in available_backends(x, x, x, make_plan((4,), 2)) if name != "reference"]
 
 

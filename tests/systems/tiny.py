@@ -71,4 +71,13 @@ TINY: dict[str, dict[str, Any]] = {
         "epochs": 2,
         "lr": 1e-2,
     },
+    "dcal": {
+        "data": "marks",
+        "model": "micro",
+        "model_options": {"embed_dim": 16, "depth": 2, "num_heads": 2},
+        "image_size": [32, 32],
+        "batch_size": 8,
+        "epochs": 2,
+        "lr": 1e-2,
+    },
 }

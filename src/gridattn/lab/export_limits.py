@@ -9,12 +9,16 @@ Form = Literal["program for any grid", "ONNX", "ONNX for any grid"]
 
 @dataclass(frozen=True)
 class ExportLimit:
-    """A form that an attention does not have on grids of some numbers of axes, and why."""
+    """A form that an attention does not have on grids of some numbers of axes, and why.
+
+    `alone` says that the forms which usually fail with it work all the same.
+    """
 
     attention: str
     ranks: tuple[int, ...]
     form: Form
     reason: str
+    alone: bool = False
 
 
 WINDOWS = "which keys a tile of queries needs is worked out for the grid of the trace and held as constant tables"
@@ -32,7 +36,7 @@ LIMITS = (
     ),
     ExportLimit("global_local", (1,), "program for any grid", CASES),
     ExportLimit("global_local", (1, 2, 3), "ONNX", SORT),
-    ExportLimit("routing", (1, 3), "program for any grid", CASES),
+    ExportLimit("routing", (1, 3), "program for any grid", CASES, alone=True),
     ExportLimit("scan_window", (1, 2, 3), "program for any grid", SCAN),
     ExportLimit("selective_scan", (1, 2, 3), "program for any grid", SCAN),
     ExportLimit("selective_scan_cross", (1, 2, 3), "program for any grid", SCAN),
@@ -56,7 +60,8 @@ def export_limit(attention: str, rank: int, form: Form) -> str | None:
         >>> export_limit("neighborhood", 2, "ONNX for any grid")
         'which keys a tile of queries needs is worked out for the grid of the trace and held as constant tables'
     """
-    found = (x for x in LIMITS if x.attention == attention and rank in x.ranks and x.form in WIDER[form])
+    own = (x for x in LIMITS if x.attention == attention and rank in x.ranks)
+    found = (x for x in own if x.form == form or (x.form in WIDER[form] and not x.alone))
     return next((limit.reason for limit in found), None)
 
 

@@ -1,13 +1,10 @@
 """Analytical speed-up of neighborhood attention on tiled kernels: how many key tiles a query tile must visit.
 
 A tiled attention kernel gives each worker one tile of queries and walks over the key tiles that hold at least one
-visible key. With the
-worst query tile visiting V of the D key tiles of the grid, no kernel with these tiles can beat dense attention by
-more than D / V; the
-arithmetic alone would allow prod(grid) / prod(kernel_size). The two agree where no visited tile needs a mask ("fully
-block-sparse").
-Everything factorises over the axes, so a problem costs O(sum of the axes' lengths) and a sweep over all strides O(sum
-of kernel sizes).
+visible key. With the worst query tile visiting V of the D key tiles of the grid, no kernel with these tiles can beat
+dense attention by more than D / V; the arithmetic alone would allow prod(grid) / prod(kernel_size). The two agree where
+no visited tile needs a mask ("fully block-sparse"). Everything factorises over the axes, so a problem costs O(sum of
+the axes' lengths).
 
 Source: Generalized Neighborhood Attention, arXiv 2504.16922, section 3.2 and appendices A.3, B.
 """
@@ -127,7 +124,9 @@ def simulate(
         extra = ceil(additional_keys / k_tile)
     else:
         q_tiles, k_tiles = per_axis(query_tile, plan.rank, "query_tile"), per_axis(key_tile, plan.rank, "key_tile")
-        found = _combine(plan, k_tiles, [axis_visits(*axis, key_tiling) for axis in zip(plan.axes, q_tiles, k_tiles)])
+        found = combine_axes(
+            plan, k_tiles, [axis_visits(*axis, key_tiling) for axis in zip(plan.axes, q_tiles, k_tiles)]
+        )
         extra = ceil(additional_keys / prod(k_tiles))
     if not extra:
         return found
@@ -143,7 +142,8 @@ def simulate(
     )
 
 
-def _combine(plan: Plan, key_tile: tuple[int, ...], visits: Sequence[AxisVisits]) -> Simulation:
+def combine_axes(plan: Plan, key_tile: tuple[int, ...], visits: Sequence[AxisVisits]) -> Simulation:
+    """The counts of a grid from those of its axes; `key_tile` has one size per axis."""
     return Simulation(
         dense_tiles=prod(ceil(size / tile) for size, tile in zip(plan.grid, key_tile)),
         max_visited=prod(axis.worst for axis in visits),
@@ -251,68 +251,15 @@ def _simulate_flat(plan: Plan, query_tile: int, key_tile: int) -> Simulation:
     )
 
 
-@dataclass(frozen=True)
-class StrideChoice:
-    """One stride of a sweep with its simulation."""
-
-    stride: tuple[int, ...]
-    simulation: Simulation
-
-
-def sweep_strides(
-    grid: Sequence[int],
-    kernel_size: Any,
-    dilation: Any = 1,
-    is_causal: Any = False,
-    *,
-    query_tile: Any,
-    key_tile: Any,
-    key_tiling: KeyTiling = "static",
-) -> list[StrideChoice]:
-    """The strides worth trying for a window: a stride is dropped where another one, no larger on any axis, is at
-    least as fast.
-
-    Arguments are those of `simulate`. Returns the remaining strides, slowest first; the last one is the fastest.
+def permutation_bytes(grid: Sequence[int], heads: int, head_dim: int, *, batch: int = 1, element_size: int = 2) -> int:
+    """Bytes that move when tiled kernels want the tokens of a tile side by side: Q, K, V and the output, read and
+    written once each. Divided by the memory bandwidth it is a time that no simulated speed-up contains.
 
     Example:
-        >>> sweep_strides((32768,), 2048, query_tile=128, key_tile=128)[-1].stride
-        (256,)
+        >>> round(permutation_bytes((16, 44, 80), heads=32, head_dim=128, batch=2) / 2**30, 1)
+        6.9
     """
-    plan = make_plan(grid, kernel_size, 1, dilation, is_causal)
-    q_tiles, k_tiles = per_axis(query_tile, plan.rank, "query_tile"), per_axis(key_tile, plan.rank, "key_tile")
-    check_choice("key_tiling", key_tiling, ("static", "dynamic"))
-    tables = [
-        [
-            axis_visits(AxisPlan(axis.length, axis.kernel, stride, axis.dilation, axis.causal), q, k, key_tiling)
-            for stride in range(1, axis.kernel + 1)
-        ]
-        for axis, q, k in zip(plan.axes, q_tiles, k_tiles)
-    ]
-    visited = np.ones((), dtype=np.int64)
-    for table in tables:
-        visited = visited[..., None] * np.array([entry.worst for entry in table])
-    kept = np.argwhere(visited < _best_of_smaller(visited))
-    choices = [
-        StrideChoice(
-            tuple(int(i) + 1 for i in index),
-            _combine(plan, k_tiles, [table[i] for table, i in zip(tables, index)]),
-        )
-        for index in kept
-    ]
-    return sorted(choices, key=lambda choice: (choice.simulation.speedup, [-s for s in choice.stride]))
-
-
-def _best_of_smaller(visited: np.ndarray) -> np.ndarray:
-    """For each stride, the fewest visits of any other stride that is no larger on every axis."""
-    running = visited
-    for axis in range(visited.ndim):
-        running = np.minimum.accumulate(running, axis=axis)
-    best = np.full_like(visited, np.iinfo(np.int64).max)
-    for axis in range(visited.ndim):
-        shifted = np.roll(running, 1, axis=axis)
-        shifted[(slice(None),) * axis + (0,)] = np.iinfo(np.int64).max
-        best = np.minimum(best, shifted)
-    return best
+    return 2 * 4 * batch * prod(grid) * heads * head_dim * element_size
 
 
 def end_to_end(speedup: float | Fraction, attention_share: float, step_fraction: float = 1.0) -> float:

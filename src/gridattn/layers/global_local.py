@@ -9,6 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from gridattn.layers.common import GridAttention, value_gradient_map
+from gridattn.layers.drop_path import DropPath
 from gridattn.layers.global_attention import GlobalAttention
 from gridattn.layers.mlp import Mlp
 from gridattn.layers.registry import register_attention
@@ -137,6 +138,7 @@ class DualCrossBlock(nn.Module):
         dim: channels C.
         num_heads: heads; must divide `dim`.
         mlp_ratio: channels inside the feed-forward, as a multiple of `dim`.
+        drop_path: probability of passing over a residual branch in training, drawn anew in every call.
 
     Source: Zhu et al., Dual Cross-Attention Learning, CVPR 2022, arXiv 2205.02151.
 
@@ -146,12 +148,13 @@ class DualCrossBlock(nn.Module):
         (torch.Size([2, 4, 24]), torch.Size([2, 10, 24]))
     """
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0) -> None:
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0, drop_path: float = 0.0) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = GlobalAttention(dim, num_heads, grid=(1,))
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, context: Tensor | None = None, partner: Tensor | None = None) -> Tensor:
         """One block.
@@ -170,8 +173,8 @@ class DualCrossBlock(nn.Module):
             out = F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
         else:
             out = pairwise_attention(query, key, value, *self._keys_values(partner))
-        x = x + self.attn.proj(out.flatten(-2))
-        return x + self.mlp(self.norm2(x))
+        x = x + self.drop_path(self.attn.proj(out.flatten(-2)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
 
     def attention(self, x: Tensor) -> Tensor:
         """Self-attention weights (B, heads, n, n), what a rollout is made of."""

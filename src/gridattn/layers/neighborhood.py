@@ -13,9 +13,11 @@ from gridattn.layers.common import GridAttention, value_gradient_map
 from gridattn.layers.registry import register_attention
 from gridattn.ops.common import check_channels, check_choice, check_probability, per_axis, per_axis_flag
 from gridattn.ops.neighborhood import (
+    TileLayout,
     make_plan,
     neighborhood_attention,
     neighborhood_attention_at,
+    neighborhood_attention_in_layout,
     neighborhood_attention_mixed,
 )
 from gridattn.ops.neighborhood.checks import check_positions, check_window_choice
@@ -121,21 +123,34 @@ class NeighborhoodAttention(GridAttention):
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(projection_dropout)
 
-    def forward(self, x: Tensor, *, positions: Tensor | None = None, choice: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        positions: Tensor | None = None,
+        choice: Tensor | None = None,
+        layout: TileLayout | None = None,
+    ) -> Tensor:
         """Attends at every position, or at some of them, or with a window size per token.
 
         Args:
-            x: (B, *grid, C).
+            x: (B, *grid, C), or (B, layout.tokens, C) with `layout`.
             positions: (M, rank) or (B, M, rank) integers; attend at these positions only.
             choice: integers that pick one of `token_kernel_sizes` for every token: (*grid), (B, *grid) or
                 (1 or B, *grid, 1 or heads).
+            layout: the tile order that the tokens of `x` are in, and that those of the result will be in.
 
         Returns:
-            (B, *grid, C), or (B, M, C) with `positions`.
+            (B, *grid, C), (B, M, C) with `positions`, or (B, layout.tokens, C) with `layout`.
 
         Raises:
-            ValueError: positions outside the grid, a choice of another shape or among no sizes, or both of them.
+            ValueError: positions outside the grid, a choice of another shape or among no sizes, an input that is not in
+                the layout, or more than one of the three.
         """
+        if layout is not None:
+            if positions is not None or choice is not None:
+                raise ValueError("layout is given together with positions or choice; one of the three is allowed")
+            return self._forward_in_layout(x, layout)
         grid = self.check_input(x)
         if positions is not None:
             if choice is not None:
@@ -153,6 +168,22 @@ class NeighborhoodAttention(GridAttention):
         else:
             query, key, value = self._project(x)
             out = self._attend(query, key, value)[_inside(grid)]
+        return self.proj_drop(self.proj(out.flatten(-2)))
+
+    def _forward_in_layout(self, x: Tensor, layout: TileLayout) -> Tensor:
+        if len(layout.grid) != self.rank:
+            raise ValueError(f"layout has the grid {layout.grid}; {type(self).__name__} takes {self.rank} grid axes")
+        layout.check(x, "x")
+        if x.ndim != 3 or x.shape[-1] != self.dim:
+            raise ValueError(f"x has shape {tuple(x.shape)}; (batch, tokens, {self.dim} channels) is allowed")
+        kernel, stride, dilation, causal = self._settings(self._padded(layout.grid))
+        if 1 in layout.grid or self._padded(layout.grid) != layout.grid:  # appended positions would be in no tile
+            return layout.to_tiles(self(layout.to_grid(x)))
+        q, k, v = self._heads(x)
+        bias = self._bias(kernel, layout.grid)
+        out = neighborhood_attention_in_layout(
+            q, k, v, layout, kernel, stride, dilation, causal, scale=self.scale, bias=bias, backend=self.backend
+        )
         return self.proj_drop(self.proj(out.flatten(-2)))
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:

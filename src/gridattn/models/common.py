@@ -160,11 +160,16 @@ def attention_inputs(model: nn.Module, images: Tensor) -> list[AttentionInput]:
     """
     found: list[AttentionInput] = []
 
-    def keep(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        return lambda layer, args: found.append(AttentionInput(name, layer, args[0]))  # pyright: ignore
+    def keep(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def keep_input(layer: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+            layout = options.get("layout")
+            x = args[0] if layout is None else layout.to_grid(args[0])
+            found.append(AttentionInput(name, layer, x))  # pyright: ignore
+
+        return keep_input
 
     training = [module for module in model.modules() if module.training]
-    hooks = [layer.register_forward_pre_hook(keep(name)) for name, layer in attention_layers(model)]
+    hooks = [layer.register_forward_pre_hook(keep(name), with_kwargs=True) for name, layer in attention_layers(model)]
     try:
         model.eval()(images)
     finally:
@@ -221,9 +226,9 @@ class Block(nn.Module):
         self.gamma1 = None if layer_scale is None else nn.Parameter(layer_scale * torch.ones(dim))
         self.gamma2 = None if layer_scale is None else nn.Parameter(layer_scale * torch.ones(dim))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, *grid, C) -> (B, *grid, C)."""
-        attended = self.attn(self.norm1(x))
+    def forward(self, x: Tensor, **options: Any) -> Tensor:
+        """(B, *grid, C) -> (B, *grid, C); the options go to the attention."""
+        attended = self.attn(self.norm1(x), **options)
         x = x + self.drop_path(attended if self.gamma1 is None else self.gamma1 * attended)
         mixed = self.mlp(self.norm2(x))
         return x + self.drop_path(mixed if self.gamma2 is None else self.gamma2 * mixed)

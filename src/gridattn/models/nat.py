@@ -26,6 +26,7 @@ from gridattn.models.nat_variants import (
 )
 from gridattn.models.patches import PatchEmbed, check_level_lists, pad_to_multiple
 from gridattn.models.registry import register_variants
+from gridattn.models.tile_level import TileLevel
 from gridattn.ops.common import check_choice, check_probability
 from gridattn.ops.relative_bias import resize_relative_bias
 
@@ -52,6 +53,8 @@ class NAT(Backbone):
         in_chans: image channels.
         small_grid: see `NeighborhoodAttention`.
         backend: implementation of the attention.
+        tile: keep the tokens of every level in tiles of this size, one int or one per axis, so that attention on a GPU
+            does not have to reorder them; see `gridattn.ops.TileLayout`. The results are the same.
 
     Raises:
         ValueError: lists that do not have one entry per level, an unknown preset, or a setting outside its range.
@@ -86,6 +89,7 @@ class NAT(Backbone):
         in_chans: int = 3,
         small_grid: Literal["shrink", "pad", "error"] = "pad",
         backend: str = "auto",
+        tile: int | Sequence[int] | None = None,
     ) -> None:
         super().__init__(in_chans, num_classes)
         if isinstance(dilations, str):
@@ -119,7 +123,8 @@ class NAT(Backbone):
                 )
                 for dilation, rate in zip(islice(cycle(dilations[i]), depths[i]), rates[i])
             ]
-            self.levels.append(Level(blocks, self.make_downsampler(dim) if i < len(dims) - 1 else None))
+            downsample = self.make_downsampler(dim) if i < len(dims) - 1 else None
+            self.levels.append(Level(blocks, downsample) if tile is None else TileLevel(blocks, downsample, tile))
         self.feature_info = [
             {"num_chs": dim, "reduction": self.patch_size * 2**i, "module": f"levels.{i}"} for i, dim in enumerate(dims)
         ]
@@ -204,6 +209,7 @@ class IsotropicNAT(DiNATs):
         num_classes: as in `NAT`.
         in_chans: as in `NAT`.
         backend: as in `NAT`.
+        tile: as in `NAT`.
 
     Source: arXiv 2209.15001.
 
@@ -230,6 +236,7 @@ class IsotropicNAT(DiNATs):
         num_classes: int = 1000,
         in_chans: int = 3,
         backend: str = "auto",
+        tile: int | Sequence[int] | None = None,
     ) -> None:
         size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
         self.patch_size = patch_size
@@ -247,6 +254,7 @@ class IsotropicNAT(DiNATs):
             in_chans=in_chans,
             small_grid="shrink" if kernel_size is None else "pad",
             backend=backend,
+            tile=tile,
         )
 
     def official_name(self, name: str) -> str:

@@ -105,7 +105,7 @@ class Blocks:
 
     def __init__(self, grid: Sequence[int], size: Sequence[int], is_causal: bool = False) -> None:
         self.grid, self.size = tuple(grid), tuple(size)
-        self.counts = tuple(-(-g // w) for g, w in zip(grid, size))
+        self.counts = tuple((g + w - 1) // w for g, w in zip(grid, size))  # ONNX cuts off where -(-g // w) rounds down
         self.after = tuple(0 if is_causal and axis == 0 else w for axis, w in enumerate(size))
         self.window = tuple(2 * w + after for w, after in zip(size, self.after))
 

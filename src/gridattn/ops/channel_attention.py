@@ -1,5 +1,7 @@
 """Attention among channels: every channel of a group is a token whose features are its values at all grid positions."""
 
+from contextlib import nullcontext
+
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -60,7 +62,8 @@ def channel_weights(query: Tensor, key: Tensor, *, scale: float | None = None) -
     k = rearrange(key.flatten(1, -3), "b n g e -> b g n e")
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     half = query.dtype == torch.float16
-    with torch.autocast(query.device.type, enabled=autocast_enabled(query.device.type) and not half):
+    kind = query.device.type
+    with torch.autocast(kind, enabled=False) if half and autocast_enabled(kind) else nullcontext():
         if half:
             q, k = q.float(), k.float()
         logits = (q * factor) @ k

@@ -1,77 +1,43 @@
-"""DCAL: the three branches of a tiny vision transformer, built from the blocks of the library."""
+"""DCAL: the three branches of a tiny network, and the metrics of re-identification."""
 
-import pytest
 import torch
 from case import GoldenCase, Result
-from torch import Tensor, nn
+from torch import nn
 
-from gridattn.layers.global_local import DualCrossBlock, select_tokens
 from gridattn.ops.rollout import attention_rollout
+from gridattn.systems.dcal.losses import batch_hard_triplet, dynamic_total
+from gridattn.systems.dcal.metrics import euclidean, retrieval_report
+from gridattn.systems.dcal.model import DCAL
 
 
-class _Backbone(nn.Module):
-    def __init__(self, c: dict) -> None:
-        super().__init__()
-        dim, patch = c["embed_dim"], c["patch_size"]
-        positions = c["img_size"][0] // patch * (c["img_size"][1] // patch) + 1
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, positions, dim))
-        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, dim, patch, patch)})
-        self.blocks = nn.ModuleList(DualCrossBlock(dim, c["num_heads"], c["mlp_ratio"]) for _ in range(c["depth"]))
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
-
-    def embed(self, image: Tensor) -> Tensor:
-        patches = self.patch_embed["proj"](image).flatten(2).transpose(1, 2)
-        tokens = torch.cat([self.cls_token.expand(len(image), -1, -1), patches], dim=1)
-        return tokens + self.pos_embed
-
-
-class _Tiny(nn.Module):
-    def __init__(self, c: dict) -> None:
-        super().__init__()
-        dim, classes = c["embed_dim"], c["num_classes"]
-        self.backbone = _Backbone(c)
-        self.glca = nn.ModuleList(DualCrossBlock(dim, c["num_heads"], c["mlp_ratio"]) for _ in range(c["M"]))
-        self.glca_norm = nn.LayerNorm(dim, eps=1e-6)
-        self.head, self.glca_head = nn.Linear(dim, classes), nn.Linear(dim, classes)
-        self.loss_w = nn.Parameter(torch.zeros(3))
+def _adapt(case: GoldenCase) -> Result:
+    return _branches(case) if "embed_dim" in case.config else _retrieval(case)
 
 
 def _branches(case: GoldenCase) -> Result:
     c = case.config
-    if "embed_dim" not in c:
-        pytest.skip("the metrics of retrieval are not built yet")
-    model = _Tiny(c).eval()
+    model = DCAL(
+        c["num_classes"],
+        c["img_size"],
+        c["patch_size"],
+        c["embed_dim"],
+        c["depth"],
+        c["num_heads"],
+        c["mlp_ratio"],
+        hybrid=c.get("hybrid_r50", False),
+        ratio=c["R"],
+        glca_depth=c["M"],
+        pwca_depth=c["T"],
+        pair=c["pwca_mode"],
+        readout=c.get("readout", "cls"),
+    ).eval()
     model.load_state_dict(case.state)
-    image, perm = case.leaf("image"), case.inputs["perm"]
-    streams = [model.backbone.embed(image)]
-    blocks = [block for block in model.backbone.blocks if isinstance(block, DualCrossBlock)]
-    for block in blocks:
-        streams.append(block(streams[-1]))
-
-    start = len(blocks) - c["M"]
-    attentions = [block.attention(tokens) for block, tokens in zip(blocks[:start], streams)]
-    local, index = select_tokens(streams[start], attentions, c["R"])
-    for block, tokens in zip(model.glca, streams[start:]):
-        local = block(local, context=tokens)
-
-    start = len(blocks) - c["T"]
-    paired = streams[start] if c["pwca_mode"] == "stream" else streams[start][perm]
-    for block, tokens in zip(blocks[start:], streams[start:]):
-        if c["pwca_mode"] == "stream":
-            paired = block(paired, partner=tokens[perm])
-        else:
-            paired = block(tokens, partner=paired)
-
-    features = {
-        "sa": model.backbone.norm(streams[-1])[:, 0],
-        "glca": model.glca_norm(local)[:, 0],
-        "pwca": model.backbone.norm(paired)[:, 0],
-    }
-    heads = {"sa": model.head, "glca": model.glca_head, "pwca": model.head}
-    logits = {name: heads[name](feature) for name, feature in features.items()}
-    losses = torch.stack([nn.functional.cross_entropy(y, case.inputs["label"]) for y in logits.values()])
-    loss = 0.5 * ((-model.loss_w).exp() * losses + model.loss_w).sum()
+    image = case.leaf("image")
+    features, logits = model(image, case.inputs["perm"])
+    losses = {name: nn.functional.cross_entropy(y, case.inputs["label"]) for name, y in logits.items()}
+    loss = dynamic_total(losses, model.loss_w)
+    selection = model.selection(image)
+    assert selection.tokens is not None
 
     wanted = dict(model.named_parameters()) | {"image": image}
     leaves = {key: wanted[key.removeprefix("state.")] for key in case.grads}
@@ -79,13 +45,29 @@ def _branches(case: GoldenCase) -> Result:
     return {
         **{f"out.{name}_feature": feature for name, feature in features.items()},
         **{f"out.{name}_logits": y for name, y in logits.items()},
-        "out.branch_losses": losses,
+        "out.branch_losses": torch.stack(list(losses.values())),
         "out.loss": loss,
-        "out.rollout": attention_rollout(attentions),
-        "out.glca_index": index,
-        "out.glca_tokens": local,
+        "out.rollout": attention_rollout(model.attentions(model.backbone.streams(image))),
+        "out.glca_index": selection.index,
+        "out.glca_tokens": selection.tokens,
         **{f"grad.{key}": grad for key, grad in zip(leaves, grads)},
     }
 
 
-ADAPTERS = {"hand": _branches}
+def _retrieval(case: GoldenCase) -> Result:
+    x = case.inputs
+    labels = [x[name] for name in ("query_pid", "gallery_pid", "query_cam", "gallery_cam")]
+    report = retrieval_report(x["query_feat"], x["gallery_feat"], *labels, max_rank=case.config["max_rank"])
+    features, identities = x["triplet_feat"].double(), x["triplet_label"]
+    return {
+        "out.dist": euclidean(x["query_feat"], x["gallery_feat"]),
+        "out.mAP": torch.tensor(report["mAP"]),
+        "out.mINP": torch.tensor(report["mINP"]),
+        "out.cmc": torch.tensor(report["cmc"]),
+        "out.valid_queries": torch.tensor(report["valid_queries"]),
+        "out.triplet_soft": batch_hard_triplet(features, identities),
+        "out.triplet_margin03": batch_hard_triplet(features, identities, margin=0.3),
+    }
+
+
+ADAPTERS = {"hand": _adapt}

@@ -9,9 +9,10 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from gridattn.ops.common import check_choice
-from gridattn.ops.neighborhood import cpu, reference, tiled
+from gridattn.ops.common import autocast_enabled, check_choice
+from gridattn.ops.neighborhood import cpu, flex, reference, tiled, triton_ops
 from gridattn.ops.neighborhood.checks import check_additional, check_bias, check_key_mask, check_tensors
+from gridattn.ops.neighborhood.gpu_choice import preferred_backends
 from gridattn.ops.neighborhood.merge import merge_attentions
 from gridattn.ops.neighborhood.plan import Plan, make_plan
 from gridattn.ops.neighborhood.tables import constant_in_traces
@@ -33,17 +34,21 @@ class Backend(NamedTuple):
     """An implementation.
 
     `attend(query, key, value, plan, scale, bias, key_mask, need_lse)` gives (out, lse), where lse may be None unless
-    needed; `supports(query, key, value, plan)` says why it cannot run a problem, or None.
+    needed; `supports(query, key, value, plan)` says why it cannot run a problem, or None; `lacks` names options that it
+    does not take.
     """
 
     attend: Callable[..., tuple[Tensor, Any]]
     supports: Callable[[Tensor, Tensor, Tensor, Plan], str | None] = _supports_any
+    lacks: tuple[str, ...] = ()
 
 
 BACKENDS = {
     "reference": Backend(reference.attend),
     "tiled": Backend(tiled.attend),
     "cpu": Backend(cpu.attend, _supports_cpu),
+    "flex": Backend(flex.attend, flex.supports),
+    "triton": Backend(triton_ops.attend, triton_ops.supports, lacks=("bias",)),
 }
 
 
@@ -152,7 +157,8 @@ def neighborhood_attention(
         additional_keys: (B, N, Hkv, D), tokens visible to every query; `key_mask` and `bias` do not concern them.
         additional_values: (B, N, Hkv, Dv).
         return_lse: also return ln(sum_j exp(logit)) over the visible keys; gradients flow through it.
-        backend: "auto", "reference" (the definition), "tiled" (any device, exportable) or "cpu" (numba).
+        backend: "auto", "reference" (the definition), "tiled" (any device, exportable), "cpu" (numba), "flex"
+            (FlexAttention; on the CPU without gradients) or "triton" (GPU kernels, without `bias`).
 
     Returns:
         (B, *grid, Hq, Dv) in the dtype of the query; with `return_lse` also (B, *grid, Hq) in float32, or in float64
@@ -172,7 +178,7 @@ def neighborhood_attention(
         torch.Size([2, 12, 9, 4, 16])
     """
     check_choice("backend", backend, ("auto", *BACKENDS))
-    if _autocast_enabled(query.device.type):
+    if autocast_enabled(query.device.type):
         query, key, value = map(to_autocast_dtype, (query, key, value))
         additional_keys, additional_values = (
             t if t is None else to_autocast_dtype(t) for t in (additional_keys, additional_values)
@@ -209,7 +215,8 @@ def attend_planned(
     """
     additional_keys, additional_values = additional
     factor = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    name = _choose(backend, query, key, value, plan)
+    options = [name for name, given in (("bias", bias), ("key_mask", key_mask)) if given is not None]
+    name = _choose(backend, query, key, value, plan, options)
     with _no_autocast(query.device.type):
         attend = BACKENDS[name].attend
         problem = (query, key, value, plan, factor, bias, key_mask)
@@ -227,17 +234,31 @@ def available_backends(query: Tensor, key: Tensor, value: Tensor, plan: Plan) ->
     return [name for name, backend in BACKENDS.items() if backend.supports(query, key, value, plan) is None]
 
 
-def _choose(backend: str, query: Tensor, key: Tensor, value: Tensor, plan: Plan) -> str:
-    """Name of the backend asked for, or for "auto" of the fastest that can run the problem."""
-    if backend == "auto":
-        numba = not torch.compiler.is_exporting() and _supports_cpu(query, key, value, plan) is None
-        return "cpu" if numba else "tiled"
-    if backend == "cpu" and torch.compiler.is_exporting():
+def _choose(backend: str, query: Tensor, key: Tensor, value: Tensor, plan: Plan, options: Sequence[str] = ()) -> str:
+    """Name of the backend asked for, or for "auto" of the first fitting one, the fastest first.
+
+    Args:
+        options: names of the options that are given.
+    """
+    if torch.compiler.is_exporting() and backend != "reference":
         return "tiled"  # an exported graph must not need this package
-    reason = BACKENDS[backend].supports(query, key, value, plan)
+    if backend == "auto":
+        for name in ("cpu",) if query.device.type == "cpu" else preferred_backends(query.device):
+            if _refusal(name, query, key, value, plan, options) is None:
+                return name
+        return "tiled"
+    reason = _refusal(backend, query, key, value, plan, options)
     if reason is not None:
         raise ValueError(f"backend={backend!r} cannot run this problem: {reason}")
     return backend
+
+
+def _refusal(name: str, query: Tensor, key: Tensor, value: Tensor, plan: Plan, options: Sequence[str]) -> str | None:
+    """Why a backend cannot run a problem with some options, or None."""
+    for option in options:
+        if option in BACKENDS[name].lacks:
+            return f"it does not take {option}"
+    return BACKENDS[name].supports(query, key, value, plan)
 
 
 def _attend_everywhere(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -257,18 +278,13 @@ def _attend_everywhere(query: Tensor, key: Tensor, value: Tensor, scale: float) 
 def to_autocast_dtype(tensor: Tensor) -> Tensor:
     """The tensor in the dtype of the autocast region around the call; float64 stays, as in PyTorch's own ops."""
     kind = tensor.device.type
-    if not _autocast_enabled(kind) or not tensor.is_floating_point() or tensor.dtype == torch.float64:
+    if not autocast_enabled(kind) or not tensor.is_floating_point() or tensor.dtype == torch.float64:
         return tensor
     return tensor.to(torch.get_autocast_dtype(kind))
 
 
 def _no_autocast(device_type: str) -> contextlib.AbstractContextManager:
     """Keeps the backends' own float32 products in float32."""
-    if _autocast_enabled(device_type):
+    if autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
-
-
-def _autocast_enabled(device_type: str) -> bool:
-    available = device_type in ("cpu", "cuda") or torch.amp.is_autocast_available(device_type)
-    return available and torch.is_autocast_enabled(device_type)
