@@ -116,7 +116,8 @@ class WindowAttention(GridAttention):
         # Windows are cut before the projection: one cut instead of three.
         windows = partition_windows(x, window, self.partition, shift)
         stacked = self.qkv(windows).view(-1, prod(window), 3, self.num_heads, self.dim // self.num_heads)
-        out = self._attend_windows(*stacked.permute(2, 0, 3, 1, 4).unbind(0), grid, window, shift)
+        query, key, value = stacked.permute(2, 0, 3, 1, 4).unbind(0)
+        out = self._attend_windows(query, key, value, grid, window, shift)
         out = out.transpose(1, 2).view(*windows.shape[:-1], self.num_heads, -1)
         return self.proj_drop(self.proj(merge_windows(out, window, grid, self.partition, shift).reshape(x.shape)))
 
