@@ -80,7 +80,7 @@ def test_without_position_encoding_a_channel_block_does_not_know_positions() -> 
 def test_unmasked_padding_counts_as_zero_keys_and_values() -> None:
     attention = PaddedWindowAttention(8, 2, window_size=7, bias=False, qkv_bias=False)
     x = torch.randn(1, 3, 3, 8)
-    q, k, v = attention._project(x.flatten(1, 2))
+    q, k, v = attention.qkv(x.flatten(1, 2)).unflatten(-1, (3, 2, 4)).unbind(-3)
     logits = torch.einsum("bqhd,bkhd->bhqk", q, k) / 2
     weights = torch.cat([logits, logits.new_zeros(1, 2, 9, 40)], -1).softmax(-1)[..., :9]
     expected = attention.proj(torch.einsum("bhqk,bkhd->bqhd", weights, v).flatten(-2)).view(x.shape)

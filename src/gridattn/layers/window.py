@@ -115,10 +115,11 @@ class WindowAttention(GridAttention):
         window, shift = self._clip(grid)
         # Windows are cut before the projection: one cut instead of three.
         windows = partition_windows(x, window, self.partition, shift)
-        stacked = self.qkv(windows).view(-1, prod(window), 3, self.num_heads, self.dim // self.num_heads)
+        heads = (self.num_heads, self.dim // self.num_heads)
+        stacked = self.qkv(windows).view(x.shape[0] * windows.shape[1], prod(window), 3, *heads)
         query, key, value = stacked.permute(2, 0, 3, 1, 4).unbind(0)
         out = self._attend_windows(query, key, value, grid, window, shift)
-        out = out.transpose(1, 2).view(*windows.shape[:-1], self.num_heads, -1)
+        out = out.transpose(1, 2).view(*windows.shape[:-1], *heads)
         return self.proj_drop(self.proj(merge_windows(out, window, grid, self.partition, shift).reshape(x.shape)))
 
     def _attend_windows(
@@ -178,7 +179,7 @@ class WindowAttention(GridAttention):
         position = self.check_query(x, query)
         grid = self.check_input(x)
         window, shift = self._clip(grid)
-        projected = self.qkv(x).view(*x.shape[:-1], 3, self.num_heads, -1).unbind(-3)
+        projected = self.qkv(x).unflatten(-1, (3, self.num_heads, self.dim // self.num_heads)).unbind(-3)
 
         def cut(t: Tensor) -> Tensor:
             return partition_windows(t, window, self.partition, shift).flatten(0, 1).transpose(1, 2)
@@ -187,6 +188,6 @@ class WindowAttention(GridAttention):
 
         def attend(value: Tensor) -> Tensor:
             out = self._attend_windows(q, k, cut(value), grid, window, shift).transpose(1, 2)
-            return merge_windows(out.unflatten(0, (len(x), -1)), window, grid, self.partition, shift)
+            return merge_windows(out.unflatten(0, (x.shape[0], -1)), window, grid, self.partition, shift)
 
         return value_gradient_map(attend, projected[2], position)

@@ -15,6 +15,7 @@ def crop_relative_bias(table: Tensor, window: Sequence[int]) -> Tensor:
     """The centre of a table, as a smaller window needs it: (heads, 2w - 1, ...) -> (heads, 2 * window - 1, ...).
 
     Example:
+        >>> import torch
         >>> crop_relative_bias(torch.arange(7.0).view(1, 7), (2,)).tolist()
         [[2.0, 3.0, 4.0]]
     """
@@ -37,19 +38,21 @@ def expand_relative_bias(table: Tensor, window: Sequence[int]) -> Tensor:
         (heads, prod(window), prod(window)): query, then key, both in row-major order.
 
     Example:
+        >>> import torch
         >>> expand_relative_bias(torch.tensor([[-1.0, 0.0, 1.0]]), (2,)).tolist()
         [[[0.0, 1.0], [-1.0, 0.0]]]
     """
     rank = len(window)
     for axis, size in enumerate(window, start=1):
         table = table.unfold(axis, size, 1)  # entry w - 1 - q of the axis starts the biases that query q needs
-    return table.flip(*range(1, 1 + rank)).flatten(1 + rank).flatten(1, rank)
+    return table.flip([axis + 1 for axis in range(rank)]).flatten(1 + rank).flatten(1, rank)
 
 
 def resize_relative_bias(table: Tensor, window: Sequence[int], mode: Literal["cubic", "linear"] = "cubic") -> Tensor:
     """Interpolates a table for another window; `mode` is that of `resize_table`.
 
     Example:
+        >>> import torch
         >>> resize_relative_bias(torch.randn(4, 13, 13), (11, 11)).shape
         torch.Size([4, 21, 21])
     """
