@@ -106,7 +106,7 @@ def measure(name: str, size: int, repeats: int) -> dict:
         too_big = kind != "dense" and ours.memory(grid) > MEMORY_LIMIT
         if layer is not None and not too_big:
             timed[f"{kind} forward"], timed[f"{kind} train"] = calls(layer, x)
-    return time_in_turns(timed, rounds=repeats, seconds=2.0, warm=True)
+    return time_in_turns(timed, rounds=repeats, seconds=2.0)
 
 
 def measure_dense(size: int) -> dict:
