@@ -1,11 +1,15 @@
 """Facts of window attention."""
 
+from math import prod
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gridattn.layers import GlobalAttention, WindowAttention
+from gridattn.ops import neighborhood_attention
 from gridattn.ops.partition import merge_windows, partition_windows, window_mask
 
 SIZES = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 5)), min_size=1, max_size=3)
@@ -73,9 +77,41 @@ def test_padding_has_no_influence_at_all(grid, options, bias, monkeypatch) -> No
         amounts.append(amount)
         return pad(tensor, amount, value=37.0) if max(amount) > 0 else pad(tensor, amount)
 
-    monkeypatch.setattr("gridattn.ops.partition.F.pad", pad_with_noise)
+    monkeypatch.setattr("gridattn.ops.padding.F.pad", pad_with_noise)
     torch.testing.assert_close(attention(x), expected, rtol=0, atol=0)
     assert amounts or all(size <= 4 or size % 4 == 0 for size in grid)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    st.lists(st.tuples(st.integers(1, 3), st.integers(2, 5)), min_size=1, max_size=3),
+    st.sampled_from(["block", "grid"]),
+    st.booleans(),
+)
+def test_the_cpu_kernel_and_cut_windows_agree(sizes, partition, bias) -> None:
+    grid, window = tuple(n * w for n, w in sizes), [w for _, w in sizes]
+    attention = layer(window, partition, grid=grid, bias=bias)
+    results = []
+    for limit in (0, 10**9):
+        with mock.patch("gridattn.layers.window.KERNEL_TOKENS_TRAINED", limit):
+            x = torch.linspace(-1, 1, 2 * prod(grid) * 16, dtype=torch.float64).sin().view(2, *grid, 16)
+            x.requires_grad_()
+            out = attention(x)
+            gradients = torch.autograd.grad(out.square().sum(), [x, *attention.parameters()])
+            results.append((out, *gradients))
+    for by_kernel, by_windows in zip(*results):
+        torch.testing.assert_close(by_kernel, by_windows)
+
+
+def test_large_grids_take_the_kernel_and_odd_ones_do_not() -> None:
+    attention = layer(window_size=7).float()
+    for grid, used in (((28, 28), True), ((28, 29), False), ((7, 7), False)):
+        with (
+            mock.patch("gridattn.layers.window.neighborhood_attention", wraps=neighborhood_attention) as kernel,
+            torch.no_grad(),
+        ):
+            attention(torch.randn(1, *grid, 16))
+        assert kernel.called is used
 
 
 def test_a_position_depends_on_its_own_window_only() -> None:

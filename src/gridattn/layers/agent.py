@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from gridattn.layers.common import GridAttention, value_gradient_map
+from gridattn.layers.common import GridAttention, split_heads, value_gradient_map
 from gridattn.layers.large_kernel import DepthwiseConv
 from gridattn.layers.registry import register_attention
 from gridattn.ops.agent import agent_attention, agent_bias, pool_agents, pool_real_agents
 from gridattn.ops.common import check_channels, check_probability, per_axis
+from gridattn.ops.padding import pad_grid
 
 BLOCK_SIZE = 7
 """Length of an axis of the stored block of a bias, whatever the grid."""
@@ -226,19 +227,19 @@ class AgentAttention(GridAttention):
         return self.proj_drop(self.proj(mixed))
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
-        return rearrange(self.qkv(x), "... (three h d) -> three ... h d", three=3, h=self.num_heads).unbind(0)
+        return split_heads(self.qkv(x), 3, self.num_heads)
 
     def _project_reduced(self, x: Tensor) -> tuple[Tensor, ...]:
         assert self.patch is not None
         assert self.patch_norm is not None
         missing = [max(r - n, 0) if isinstance(n, int) else 0 for n, r in zip(x.shape[1:-1], self.reduction)]
-        patches = F.pad(x, [0, 0] + [a for amount in reversed(missing) for a in (0, amount)]) if any(missing) else x
+        patches = pad_grid(x, [(0, amount) for amount in missing])
         patches = self.patch_norm(self.patch(patches.movedim(-1, 1)).movedim(1, -1))
         (w_query, w_rest), bias = self.qkv.weight.split((self.dim, 2 * self.dim)), self.qkv.bias
         b_query, b_rest = (None, None) if bias is None else bias.split((self.dim, 2 * self.dim))
         query = rearrange(F.linear(x, w_query, b_query), "... (h d) -> ... h d", h=self.num_heads)
         rest = F.linear(patches, w_rest, b_rest)
-        return query, *rearrange(rest, "... (two h d) -> two ... h d", two=2, h=self.num_heads).unbind(0)
+        return query, *split_heads(rest, 2, self.num_heads)
 
     def _back_to(self, value: Tensor, grid: Sequence[int]) -> Tensor:
         """Values on the reduced grid (B, *key_grid, heads, d) -> (B, *grid, C)."""

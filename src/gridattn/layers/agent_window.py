@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from gridattn.layers.agent import AgentMixer, convert_official_mixer
-from gridattn.layers.common import GridAttention, value_gradient_map
+from gridattn.layers.common import GridAttention, split_heads, value_gradient_map
 from gridattn.layers.large_kernel import DepthwiseConv
 from gridattn.layers.registry import register_attention
 from gridattn.ops.common import check_channels, check_probability, per_axis
@@ -175,7 +175,7 @@ class AgentWindowAttention(GridAttention):
         return self.proj_drop(self.proj(mix_in_windows(self.mixer, query, key, value, window, shift)))
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
-        return rearrange(self.qkv(x), "... (three h d) -> three ... h d", three=3, h=self.num_heads).unbind(0)
+        return split_heads(self.qkv(x), 3, self.num_heads)
 
     def _clip(self, grid: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         # A symbolic size, met while a graph with dynamic sizes is exported, keeps the whole window: the graph refuses

@@ -7,7 +7,7 @@ from math import prod
 from einops import rearrange
 from torch import Tensor, nn
 
-from gridattn.layers.common import GridAttention, value_gradient_map
+from gridattn.layers.common import GridAttention, split_heads, value_gradient_map
 from gridattn.layers.registry import register_attention
 from gridattn.ops.alibi import alibi_attention, alibi_bias, alibi_slopes, grid_positions
 from gridattn.ops.common import check_channels, check_probability
@@ -76,7 +76,7 @@ class AlibiAttention(GridAttention):
         return self.proj_drop(self.proj(out.flatten(-2)))
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
-        return rearrange(self.qkv(x), "... (three h d) -> three ... h d", three=3, h=self.num_heads).unbind(0)
+        return split_heads(self.qkv(x), 3, self.num_heads)
 
     def macs(self, grid: Sequence[int]) -> int:
         n = prod(grid)

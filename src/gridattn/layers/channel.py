@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from math import prod
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from gridattn.layers.common import GridAttention
@@ -75,7 +74,7 @@ class ChannelAttention(GridAttention):
         return prod(grid) ** -0.5 if self.dynamic_scale else self.group_dim**-0.5
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
-        thirds = rearrange(self.qkv(x), "... (three g e) -> three ... g e", three=3, g=self.num_heads)
+        thirds = self.qkv(x).view(*x.shape[:-1], 3, self.num_heads, self.group_dim).unbind(-3)
         query, key, value = (0, 1, 2) if self.dynamic_scale else (1, 2, 0)
         return thirds[query], thirds[key], thirds[value]
 

@@ -1,5 +1,4 @@
-"""The interface that every attention layer has: a grid in, a grid out, its cost, and the picture of what a query
-sees."""
+"""The interface of every attention layer: a grid in, a grid out, its cost, and the picture of what a query sees."""
 
 from collections.abc import Callable, Sequence
 from math import prod
@@ -9,12 +8,22 @@ import torch
 from torch import Tensor, nn
 
 
+def split_heads(projected: Tensor, parts: int, num_heads: int) -> tuple[Tensor, ...]:
+    """Takes a joint projection apart, (..., parts * num_heads * d) -> `parts` views (..., num_heads, d).
+
+    Example:
+        >>> query, key, value = split_heads(torch.randn(2, 7, 96), 3, num_heads=4)
+        >>> query.shape
+        torch.Size([2, 7, 4, 8])
+    """
+    return projected.unflatten(-1, (parts, num_heads, -1)).unbind(-3)
+
+
 class GridAttention(nn.Module):
     """An attention layer on a grid: `(B, *grid, C)` in, `(B, *grid, C)` out.
 
-    A subclass sets `dim`, `rank` through `super().__init__` and defines `forward` and `macs`; where the mechanism has
-    attention
-    weights it also overrides `attention_map` and sets `exact_map`.
+    A subclass sets `dim` and `rank` through `super().__init__` and defines `forward` and `macs`; where the mechanism
+    has attention weights, it also overrides `attention_map` and sets `exact_map`.
 
     Attributes:
         dim: number of channels C.

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from math import prod
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gridattn.layers.channel import ChannelAttention
@@ -16,6 +15,7 @@ from gridattn.layers.registry import register_attention
 from gridattn.layers.window import WindowAttention
 from gridattn.ops.common import per_axis
 from gridattn.ops.large_kernel import depthwise_conv
+from gridattn.ops.padding import pad_grid
 
 
 class ConvPositionEncoding(nn.Module):
@@ -98,8 +98,7 @@ class PaddedWindowAttention(WindowAttention):
         return whole[(..., *(slice(size) for size in x.shape[1:-1]))]
 
     def _padded(self, x: Tensor) -> Tensor:
-        padding = [-size % w for size, w in zip(x.shape[1:-1], self.window_size)]
-        return F.pad(x, [0, 0, *(amount for pad in reversed(padding) for amount in (0, pad))])
+        return pad_grid(x, [(0, -size % w) for size, w in zip(x.shape[1:-1], self.window_size)])
 
     def macs(self, grid: Sequence[int]) -> int:
         return super().macs([-(-size // w) * w for size, w in zip(grid, self.window_size)])

@@ -6,7 +6,7 @@ from math import prod
 from einops import rearrange
 from torch import Tensor, nn
 
-from gridattn.layers.common import GridAttention, value_gradient_map
+from gridattn.layers.common import GridAttention, split_heads, value_gradient_map
 from gridattn.layers.registry import register_attention
 from gridattn.ops.common import check_channels
 from gridattn.ops.epipolar import band_mask, epipolar_attention
@@ -70,7 +70,7 @@ class EpipolarAttention(GridAttention):
         return self.proj(self._attend(*self._project(x)).flatten(-2))
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
-        return rearrange(self.qkv(x), "... (three h d) -> three ... h d", three=3, h=self.num_heads).unbind(0)
+        return split_heads(self.qkv(x), 3, self.num_heads)
 
     def _attend(self, *qkv: Tensor) -> Tensor:
         if self.rank == 2:

@@ -5,10 +5,9 @@ from math import prod
 from typing import NamedTuple
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
-from gridattn.layers.common import GridAttention, value_gradient_map
+from gridattn.layers.common import GridAttention, split_heads, value_gradient_map
 from gridattn.layers.global_attention import GlobalAttention
 from gridattn.layers.registry import register_attention
 from gridattn.ops.common import check_channels, check_probability
@@ -136,7 +135,7 @@ class GatedPositionalAttention(GridAttention):
         return Locality(self.gating_param.detach().sigmoid(), centre, span, centre.norm(dim=-1))
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        query, key = rearrange(self.qk(x), "... (two h d) -> two ... h d", two=2, h=self.num_heads)
+        query, key = split_heads(self.qk(x), 2, self.num_heads)
         return query, key, self.v(x).unflatten(-1, (self.num_heads, -1))
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0) -> Tensor:

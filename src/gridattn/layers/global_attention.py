@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from math import prod
 
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
-from gridattn.layers.common import GridAttention, value_gradient_map
+from gridattn.layers.common import GridAttention, split_heads, value_gradient_map
 from gridattn.layers.registry import register_attention
 from gridattn.ops.common import check_channels, check_probability
 
@@ -72,7 +71,7 @@ class GlobalAttention(GridAttention):
         return self.proj_drop(self.proj(self._attend(query, key, value).flatten(-2)))
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
-        return rearrange(self.qkv(x), "... (three h d) -> three ... h d", three=3, h=self.num_heads).unbind(0)
+        return split_heads(self.qkv(x), 3, self.num_heads)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         tokens = [t.flatten(1, -3).transpose(1, 2) for t in (query, key, value)]  # (B, heads, N, head_dim)

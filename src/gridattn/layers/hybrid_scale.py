@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from gridattn.layers.common import GridAttention
+from gridattn.layers.common import GridAttention, split_heads
 from gridattn.layers.large_kernel import DepthwiseConv
 from gridattn.layers.registry import register_attention
 from gridattn.ops.common import check_channels, check_choice, check_probability, per_axis
@@ -19,6 +19,7 @@ from gridattn.ops.hybrid_scale import (
     significance_map,
     token_count,
 )
+from gridattn.ops.padding import pad_grid
 
 _CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
@@ -231,12 +232,10 @@ class HybridScaleAttention(GridAttention):
         return y, significance_map(query, coarse_key, key, self.window_size, patch=patch, scale=self.scale)
 
     def _key_value(self, projection: nn.Linear, x: Tensor) -> tuple[Tensor, ...]:
-        return rearrange(projection(x), "... (two h d) -> two ... h d", two=2, h=self.num_heads // 2).unbind(0)
+        return split_heads(projection(x), 2, self.num_heads // 2)
 
     def _patches(self, x: Tensor) -> Tensor:
-        amounts = [self._padding(n, r) for n, r in zip(x.shape[1:-1], self.reduction)]
-        if any(not isinstance(amount, int) or amount for amount in amounts):
-            x = F.pad(x, [0, 0] + [a for amount in reversed(amounts) for a in (0, amount)])
+        x = pad_grid(x, [(0, self._padding(n, r)) for n, r in zip(x.shape[1:-1], self.reduction)])
         return F.gelu(self.patch_norm(self.patch(x.movedim(-1, 1)).movedim(1, -1)))
 
     def _padding(self, size: int, patch: int) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 from einops import rearrange
 from torch import Tensor, nn
 
-from gridattn.layers.common import GridAttention, value_gradient_map
+from gridattn.layers.common import GridAttention, split_heads, value_gradient_map
 from gridattn.layers.registry import register_attention
 from gridattn.ops.common import check_channels, check_choice, check_probability, per_axis
 from gridattn.ops.msa_conv import BACKENDS, BORDERS, msa_conv, msa_conv_macs, window_reach
@@ -115,7 +115,7 @@ class MSAConv(GridAttention):
         return x.roll([-s for s in self.shift], tuple(range(1, self.rank + 1))) if any(self.shift) else x
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
-        return rearrange(self.qkv(x), "... (three h d) -> three ... h d", three=3, h=self.num_heads).unbind(0)
+        return split_heads(self.qkv(x), 3, self.num_heads)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return msa_conv(

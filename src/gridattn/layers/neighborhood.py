@@ -5,11 +5,9 @@ from math import prod
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
-from gridattn.layers.common import GridAttention, value_gradient_map
+from gridattn.layers.common import GridAttention, split_heads, value_gradient_map
 from gridattn.layers.registry import register_attention
 from gridattn.ops.common import check_channels, check_choice, check_probability, per_axis, per_axis_flag
 from gridattn.ops.neighborhood import (
@@ -21,6 +19,7 @@ from gridattn.ops.neighborhood import (
     neighborhood_attention_mixed,
 )
 from gridattn.ops.neighborhood.checks import check_positions, check_window_choice
+from gridattn.ops.padding import pad_grid
 from gridattn.ops.relative_bias import crop_relative_bias
 
 
@@ -188,12 +187,11 @@ class NeighborhoodAttention(GridAttention):
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
         if self.small_grid == "pad":
-            missing = [max(0, span - size) for span, size in zip(self._span(), x.shape[1:-1])]
-            x = F.pad(x, [0, 0] + [amount for pad in reversed(missing) for amount in (0, pad)])
+            x = pad_grid(x, [(0, max(0, span - size)) for span, size in zip(self._span(), x.shape[1:-1])])
         return self._heads(x)
 
     def _heads(self, x: Tensor) -> tuple[Tensor, ...]:
-        return rearrange(self.qkv(x), "... (three h d) -> three ... h d", three=3, h=self.num_heads).unbind(0)
+        return split_heads(self.qkv(x), 3, self.num_heads)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention on the axes that hold more than one position; along the others there is nothing to choose."""
@@ -230,8 +228,7 @@ class NeighborhoodAttention(GridAttention):
         kernel, stride, dilation, causal = self._settings(grid)
         if not kernel:
             return value
-        missing = [size - own for size, own in zip(grid, choice.shape[1:-1])]
-        choice = F.pad(choice, [0, 0] + [amount for pad in reversed(missing) for amount in (0, pad)])
+        choice = pad_grid(choice, [(0, size - own) for size, own in zip(grid, choice.shape[1:-1])])
         axes = [axis for axis, size in enumerate(grid) if size > 1]
         sizes = [[min(own[axis], most) for axis, most in zip(axes, kernel)] for own in self.token_kernel_sizes]
         bias = self._bias([max(along) for along in zip(*sizes)], grid)

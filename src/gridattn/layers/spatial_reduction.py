@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gridattn.layers.common import GridAttention
 from gridattn.ops.common import check_channels, check_probability, per_axis
+from gridattn.ops.padding import pad_grid
 
 _CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
@@ -83,9 +84,7 @@ class SpatialReductionAttention(GridAttention):
     def _patches(self, x: Tensor) -> Tensor:
         """(B, *grid, C) -> (B, patches, C)."""
         missing = [max(r - n, 0) if isinstance(n, int) else 0 for n, r in zip(x.shape[1:-1], self.reduction)]
-        x = x.movedim(-1, 1)
-        if any(missing):
-            x = F.pad(x, [amount for pad in reversed(missing) for amount in (0, pad)])
+        x = pad_grid(x, [(0, amount) for amount in missing]).movedim(-1, 1)
         return self.patch_norm(self.patch(x).flatten(2).mT)
 
     def macs(self, grid: Sequence[int]) -> int:

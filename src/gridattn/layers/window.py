@@ -8,11 +8,15 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from gridattn.layers.common import GridAttention, value_gradient_map
+from gridattn.layers.common import GridAttention, split_heads, value_gradient_map
 from gridattn.layers.registry import register_attention
 from gridattn.ops.common import check_channels, check_choice, check_probability, per_axis
-from gridattn.ops.partition import Layout, merge_windows, partition_windows, window_mask
+from gridattn.ops.neighborhood import neighborhood_attention
+from gridattn.ops.partition import Layout, merge_windows, partition_windows, regroup_axes, window_mask
 from gridattn.ops.relative_bias import crop_relative_bias, expand_relative_bias
+
+KERNEL_TOKENS, KERNEL_TOKENS_TRAINED = 784, 6000
+"""Tokens of a batch from which the CPU kernel of neighborhood attention is faster, without and with gradients."""
 
 
 @register_attention(
@@ -113,14 +117,38 @@ class WindowAttention(GridAttention):
         """(B, *grid, C) -> (B, *grid, C)."""
         grid = self.check_input(x)
         window, shift = self._clip(grid)
+        heads = (self.num_heads, self.dim // self.num_heads)
+        if self._fits_kernel(x, window, shift):
+            return self.proj_drop(self._forward_by_kernel(x, window))
         # Windows are cut before the projection: one cut instead of three.
         windows = partition_windows(x, window, self.partition, shift)
-        heads = (self.num_heads, self.dim // self.num_heads)
         stacked = self.qkv(windows).view(x.shape[0] * windows.shape[1], prod(window), 3, *heads)
         query, key, value = stacked.permute(2, 0, 3, 1, 4).unbind(0)
         out = self._attend_windows(query, key, value, grid, window, shift)
         out = out.transpose(1, 2).view(*windows.shape[:-1], *heads)
         return self.proj_drop(self.proj(merge_windows(out, window, grid, self.partition, shift).reshape(x.shape)))
+
+    def _fits_kernel(self, x: Tensor, window: Sequence[int], shift: Sequence[int]) -> bool:
+        """Whether the CPU kernel of neighborhood attention can take the windows, and is the faster way."""
+        return (
+            x.device.type == "cpu"
+            and not torch.compiler.is_compiling()
+            and x.shape[:-1].numel() >= (KERNEL_TOKENS_TRAINED if torch.is_grad_enabled() else KERNEL_TOKENS)
+            and not any(shift)
+            and all(w > 1 and size % w == 0 for size, w in zip(x.shape[1:-1], window))
+            and not (self.training and self.attention_dropout)
+        )
+
+    def _forward_by_kernel(self, x: Tensor, window: Sequence[int]) -> Tensor:
+        """(B, *grid, C) -> (B, *grid, C): blocks are neighborhoods that as many queries share as they have keys."""
+        if self.partition == "grid":
+            x = regroup_axes(x, window)
+        query, key, value = split_heads(self.qkv(x), 3, self.num_heads)
+        table = self.bias_table()
+        bias = None if table is None else crop_relative_bias(table, window)
+        out = neighborhood_attention(query, key, value, window, stride=window, scale=self.scale, bias=bias)
+        out = self.proj(out.reshape(x.shape))
+        return out if self.partition == "block" else regroup_axes(out, [n // w for n, w in zip(x.shape[1:], window)])
 
     def _attend_windows(
         self,
@@ -132,14 +160,17 @@ class WindowAttention(GridAttention):
         shift: Sequence[int],
     ) -> Tensor:
         """Query, key and value, (B * windows, heads, positions, head_dim) each -> the same."""
-        return F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=self._logit_bias(grid, window, shift, query),
-            dropout_p=self.attention_dropout if self.training else 0.0,
-            scale=self.scale,
-        )
+        bias = self._logit_bias(grid, window, shift, query)
+        dropout = self.attention_dropout if self.training else 0.0
+        if bias is None or not bias.requires_grad or query.device.type != "cpu" or torch.compiler.is_compiling():
+            return F.scaled_dot_product_attention(
+                query, key, value, attn_mask=bias, dropout_p=dropout, scale=self.scale
+            )
+        # No fused kernel of the CPU gives a gradient of the bias. PyTorch would take these steps and, between them,
+        # look for rows that see nothing; there are none.
+        scale = query.shape[-1] ** -0.5 if self.scale is None else self.scale
+        weights = (scale * query @ key.mT).add_(bias).softmax(-1)
+        return (F.dropout(weights, dropout) if dropout else weights) @ value
 
     def _clip(self, grid: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         # A symbolic size, met while a graph with dynamic sizes is exported, keeps the whole window: padding is masked.
@@ -179,7 +210,7 @@ class WindowAttention(GridAttention):
         position = self.check_query(x, query)
         grid = self.check_input(x)
         window, shift = self._clip(grid)
-        projected = self.qkv(x).unflatten(-1, (3, self.num_heads, self.dim // self.num_heads)).unbind(-3)
+        projected = split_heads(self.qkv(x), 3, self.num_heads)
 
         def cut(t: Tensor) -> Tensor:
             return partition_windows(t, window, self.partition, shift).flatten(0, 1).transpose(1, 2)

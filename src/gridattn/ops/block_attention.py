@@ -9,6 +9,7 @@ from einops import rearrange
 from torch import Tensor
 
 from gridattn.ops.common import check_same_kind, per_axis
+from gridattn.ops.padding import pad_grid
 from gridattn.ops.relative_attention import relative_attention
 
 
@@ -111,12 +112,12 @@ class Blocks:
 
     def queries(self, x: Tensor) -> Tensor:
         """(B, *grid, heads, d) -> (B, blocks, positions, heads, d)."""
-        return self._unfold(self._pad(x, [(0, n * w - g) for g, n, w in self._sizes()]), self.size)
+        return self._unfold(pad_grid(x, [(0, n * w - g) for g, n, w in self._sizes()]), self.size)
 
     def keys(self, x: Tensor) -> Tensor:
         """(B, *grid, heads, d) -> (B, blocks, positions of the window, heads, d), zeros outside the grid."""
         padding = [(w, n * w - g + after) for (g, n, w), after in zip(self._sizes(), self.after)]
-        return self._unfold(self._pad(x, padding), self.window)
+        return self._unfold(pad_grid(x, padding), self.window)
 
     def merge(self, x: Tensor) -> Tensor:
         """Undoes `queries`."""
@@ -129,9 +130,6 @@ class Blocks:
 
     def _sizes(self) -> zip:
         return zip(self.grid, self.counts, self.size)
-
-    def _pad(self, x: Tensor, padding: list[tuple[int, int]]) -> Tensor:
-        return F.pad(x, [0, 0, 0, 0, *(amount for pair in reversed(padding) for amount in pair)])
 
     def _unfold(self, x: Tensor, window: Sequence[int]) -> Tensor:
         for axis, (size, step) in enumerate(zip(window, self.size), start=1):

@@ -3,7 +3,6 @@
 from contextlib import nullcontext
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from gridattn.ops.common import autocast_enabled, check_same_kind
@@ -42,8 +41,8 @@ def channel_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float
             "(B, *grid, groups, channels)"
         )
     weights = channel_weights(query, key, scale=scale)
-    out = weights @ rearrange(value.flatten(1, -3), "b n g e -> b g e n")
-    return rearrange(out, "b g e n -> b n g e").reshape(value.shape)
+    out = weights @ value.flatten(1, -3).permute(0, 2, 3, 1)
+    return out.permute(0, 3, 1, 2).reshape(value.shape)
 
 
 def channel_weights(query: Tensor, key: Tensor, *, scale: float | None = None) -> Tensor:
@@ -58,8 +57,8 @@ def channel_weights(query: Tensor, key: Tensor, *, scale: float | None = None) -
         (B, groups, e, e), rows summing to one. Logits grow with the number of positions, so that float16 inputs are
         multiplied in float32.
     """
-    q = rearrange(query.flatten(1, -3), "b n g e -> b g e n")
-    k = rearrange(key.flatten(1, -3), "b n g e -> b g n e")
+    q = query.flatten(1, -3).permute(0, 2, 3, 1)  # (B, groups, e, N)
+    k = key.flatten(1, -3).transpose(1, 2)  # (B, groups, N, e)
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     half = query.dtype == torch.float16
     kind = query.device.type

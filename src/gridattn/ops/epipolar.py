@@ -11,11 +11,11 @@ arXiv 2302.08058.
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gridattn.ops.common import per_axis
 from gridattn.ops.neighborhood import neighborhood_attention
+from gridattn.ops.padding import pad_grid
 
 
 def band_mask(grid: Sequence[int], field: int | Sequence[int], device: torch.device | str | None = None) -> Tensor:
@@ -77,9 +77,8 @@ def epipolar_attention(
     kernel, margins = zip(*(_kernel_and_margin(grid[axis], fields[axis]) for axis in long))
     key_mask = None
     if any(sum(margin) for margin in margins):
-        padding = [side for margin in reversed(margins) for side in margin]
-        key_mask = F.pad(torch.ones(q.shape[:-2], dtype=torch.bool, device=query.device), padding)
-        q, k, v = (F.pad(t, [0, 0, 0, 0, *padding]) for t in (q, k, v))
+        key_mask = pad_grid(torch.ones(q.shape[:-2], dtype=torch.bool, device=query.device), margins)
+        q, k, v = (pad_grid(t, margins) for t in (q, k, v))
     out = neighborhood_attention(q, k, v, kernel, scale=scale, key_mask=key_mask)
     for axis, (before, _) in enumerate(margins):
         out = out.narrow(axis + 1, before, grid[long[axis]])

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gridattn.ops.common import check_choice, check_same_kind, per_axis
+from gridattn.ops.padding import pad_grid
 
 
 def halo_attention(
@@ -89,7 +90,7 @@ def halo_attention(
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     attend = _attend_reference if backend == "reference" else _attend
     padding = [(0, n * p - size) for n, p, size in zip(windows.blocks, windows.places, query_grid)]
-    out = attend(_pad(query, padding), key, value, windows, tables, factor, mask_padding)
+    out = attend(pad_grid(query, padding), key, value, windows, tables, factor, mask_padding)
     return out[(slice(None), *(slice(size) for size in query_grid))]
 
 
@@ -141,16 +142,10 @@ def _make_windows(grid: tuple[int, ...], block_size: Any, halo_size: Any, stride
     )
 
 
-def _pad(x: Tensor, amounts: Sequence[tuple[int, int]]) -> Tensor:
-    """Zeros before and after each grid axis of (B, *grid, heads, channels)."""
-    flat = [amount for pair in reversed(amounts) for amount in pair]
-    return F.pad(x, [0, 0, 0, 0, *flat])
-
-
 def _pad_keys(x: Tensor, windows: _Windows) -> Tensor:
     """(B, *grid, heads, channels) with its halo, filled up to whole blocks."""
     sizes = zip(windows.grid, windows.block, windows.halo, windows.blocks)
-    return _pad(x, [(h, n * b + h - size) for size, b, h, n in sizes])
+    return pad_grid(x, [(h, n * b + h - size) for size, b, h, n in sizes])
 
 
 def _attend(

@@ -10,6 +10,7 @@ from einops import rearrange
 from torch import Tensor
 
 from gridattn.ops.common import check_choice, per_axis
+from gridattn.ops.padding import pad_grid
 
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 BACKENDS = ("auto", "direct", "phases")
@@ -150,7 +151,7 @@ def _uses_phases(device: torch.device, dilation: Sequence[int], backend: str) ->
 
 def _conv_direct(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: Sequence[int]) -> Tensor:
     outer, inner = _padding(weight.shape[2:], dilation)
-    return _convolve(F.pad(x, _innermost_first(outer)), weight, bias, inner, dilation)
+    return _convolve(pad_grid(x, outer), weight, bias, inner, dilation)
 
 
 def _conv_by_phases(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: Sequence[int]) -> Tensor:
@@ -158,7 +159,7 @@ def _conv_by_phases(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: Se
     rank, grid = len(dilation), x.shape[1:-1]
     outer, inner = _padding(weight.shape[2:], dilation)
     to_multiple = [-(size + sum(pad)) % d for size, pad, d in zip(grid, outer, dilation)]
-    x = F.pad(x, _innermost_first([(left, right + more) for (left, right), more in zip(outer, to_multiple)]))
+    x = pad_grid(x, [(left, right + more) for (left, right), more in zip(outer, to_multiple)])
 
     together, phases, coarse = _PHASE_AXES[rank]
     steps = dict(zip("pqr", dilation))
@@ -184,8 +185,3 @@ def _padding(kernel: Sequence[int], dilation: Sequence[int]) -> tuple[list[tuple
     reach = [d * (k - 1) for k, d in zip(kernel, dilation)]
     outer = [(0, 0) if k % 2 else (r // 2, r - r // 2) for k, r in zip(kernel, reach)]
     return outer, [r // 2 if k % 2 else 0 for k, r in zip(kernel, reach)]
-
-
-def _innermost_first(pads: Sequence[tuple[int, int]]) -> list[int]:
-    """Pads per grid axis in the order of `F.pad`, which starts at the last axis: the channels, not padded."""
-    return [0, 0, *(amount for pad in reversed(pads) for amount in pad)]

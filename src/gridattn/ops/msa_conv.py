@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gridattn.ops.common import check_choice, check_same_kind, per_axis
 from gridattn.ops.neighborhood import neighborhood_attention
+from gridattn.ops.padding import pad_grid
 
 BORDERS = ("zero", "mask")
 BACKENDS = ("auto", "offsets", "neighborhood")
@@ -230,8 +231,7 @@ def _windows(x: Tensor, kernel_size: Any, dilation: Any) -> Iterator[Tensor]:
 
 def _pad(x: Tensor, reach: Sequence[int], more: Sequence[int]) -> Tensor:
     """Zeros around the grid: `reach` on either side of an axis and `more` at its end."""
-    pads = [(r, r + m) for r, m in zip(reach, more)]
-    return F.pad(x, [0, 0, 0, 0, *(amount for pad in reversed(pads) for amount in pad)])
+    return pad_grid(x, [(r, r + m) for r, m in zip(reach, more)])
 
 
 def _outside(logits: Tensor, grid: Sequence[int], kernel: Sequence[int], dilation: Sequence[int]) -> Tensor:

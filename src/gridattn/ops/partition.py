@@ -15,8 +15,9 @@ from math import prod
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from gridattn.ops.padding import pad_grid
 
 Layout = Literal["block", "grid"]
 
@@ -41,7 +42,7 @@ def partition_windows(
         ([[[0, 1, 2], [3, 4, 5]]], [[[0, 2, 4], [1, 3, 5]]])
     """
     padding = _padding(x.shape[1 : 1 + len(window)], window)
-    return _cut(_pad_end(x, padding), window, layout, shift)
+    return _cut(pad_grid(x, [(0, pad) for pad in padding]), window, layout, shift)
 
 
 def merge_windows(
@@ -66,7 +67,31 @@ def merge_windows(
     x = apart.permute(_axes_merged(rank, len(features), layout)).reshape(windows.shape[0], *padded, *features)
     if shift is not None and any(shift):
         x = x.roll(tuple(shift), tuple(range(1, 1 + rank)))
-    return _pad_end(x, [-pad for pad in _padding(grid, window)])
+    return pad_grid(x, [(0, -pad) for pad in _padding(grid, window)])
+
+
+def regroup_axes(x: Tensor, groups: Sequence[int]) -> Tensor:
+    """Brings positions of a grid that are equally far into their group together: lattices become blocks, or back.
+
+    Args:
+        x: (B, *grid, *features).
+        groups: number of groups of neighbours per axis; it divides the axis. With w groups the lattices of w positions
+            become blocks of w neighbours; size // w groups undo it.
+
+    Returns:
+        A tensor of the same shape.
+
+    Example:
+        >>> x = torch.arange(6).view(1, 6)
+        >>> blocks = regroup_axes(x, (3,))
+        >>> blocks.tolist(), torch.equal(regroup_axes(blocks, (2,)), x)
+        ([[0, 2, 4, 1, 3, 5]], True)
+    """
+    rank = len(groups)
+    parts = [part for size, n in zip(x.shape[1 : 1 + rank], groups) for part in (n, size // n)]
+    apart = x.reshape(x.shape[0], *parts, *x.shape[1 + rank :])
+    order = [axis for a in range(rank) for axis in (2 + 2 * a, 1 + 2 * a)]
+    return apart.permute(0, *order, *range(1 + 2 * rank, apart.ndim)).reshape(x.shape)
 
 
 def window_mask(
@@ -132,14 +157,6 @@ def _axes_merged(rank: int, features: int, layout: Layout) -> tuple[int, ...]:
 def _in_layout(number: int, place: int, layout: Layout) -> tuple[int, int]:
     """What stands for a window's number and for a place inside it, in the order of the grid; its own inverse."""
     return (number, place) if layout == "block" else (place, number)
-
-
-def _pad_end(x: Tensor, padding: list[int]) -> Tensor:
-    """Appends zeros to the grid axes, or, where negative, cuts their ends off."""
-    if _all_zero(padding):
-        return x
-    trailing = [0] * (2 * (x.ndim - 1 - len(padding)))
-    return F.pad(x, trailing + [amount for pad in reversed(padding) for amount in (0, pad)])
 
 
 def _padding(grid: Sequence[int], window: Sequence[int]) -> list[int]:

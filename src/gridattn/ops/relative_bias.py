@@ -4,10 +4,14 @@ A table for windows of w positions per axis has the shape (heads, 2w - 1, ...); 
 """
 
 from collections.abc import Sequence
+from math import prod
 from typing import Literal
 
+import numpy as np
+import torch
 from torch import Tensor
 
+from gridattn.ops.constants import constant_in_traces, to_tensors
 from gridattn.ops.resize import resize_table
 
 
@@ -42,10 +46,20 @@ def expand_relative_bias(table: Tensor, window: Sequence[int]) -> Tensor:
         >>> expand_relative_bias(torch.tensor([[-1.0, 0.0, 1.0]]), (2,)).tolist()
         [[[0.0, 1.0], [-1.0, 0.0]]]
     """
-    rank = len(window)
-    for axis, size in enumerate(window, start=1):
-        table = table.unfold(axis, size, 1)  # entry w - 1 - q of the axis starts the biases that query q needs
-    return table.flip([axis + 1 for axis in range(rank)]).flatten(1 + rank).flatten(1, rank)
+    entries = _entries_of_pairs(tuple(window), table.device)
+    return table.flatten(1).index_select(1, entries).view(-1, prod(window), prod(window))
+
+
+@constant_in_traces
+def _entries_of_pairs(window: tuple[int, ...], device: torch.device) -> Tensor:
+    """(prod(window)^2,) flat table entries of all pairs of positions, query before key."""
+    return to_tensors(_pairs, device, window)[0]
+
+
+def _pairs(window: tuple[int, ...]) -> tuple[np.ndarray]:
+    positions = np.indices(window).reshape(len(window), -1)
+    offset = positions[:, None, :] - positions[:, :, None] + np.array(window)[:, None, None] - 1
+    return (np.ravel_multi_index(tuple(offset), [2 * w - 1 for w in window]).reshape(-1),)
 
 
 def resize_relative_bias(table: Tensor, window: Sequence[int], mode: Literal["cubic", "linear"] = "cubic") -> Tensor:

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any
 
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
 from gridattn.ops.common import per_axis
+from gridattn.ops.padding import pad_grid
 
 
 def token_permute(
@@ -50,9 +50,9 @@ def token_permute(
     grid = tuple(tensor.shape[1:-2])
     rest = _rest(grid, tile, dilations)
     padded = tuple(r * t * d for r, t, d in zip(rest, tile, dilations))
-    right = [amount for size, full in zip(reversed(grid), reversed(padded)) for amount in (0, full - size)]
+    filled = pad_grid(tensor, [(0, full - size) for size, full in zip(grid, padded)])
     on_grid, as_sequences, sizes = _patterns(rest, tile, dilations, flip_tiled_dims)
-    permuted = rearrange(F.pad(tensor, (0, 0, 0, 0, *right)), f"{on_grid} -> {as_sequences}", **sizes)
+    permuted = rearrange(filled, f"{on_grid} -> {as_sequences}", **sizes)
     return permuted, grid, tuple(r * t for r, t in zip(rest, tile))
 
 

@@ -10,12 +10,12 @@ from einops import rearrange
 from torch import Tensor
 
 from gridattn.ops.common import autocast_enabled, check_choice
+from gridattn.ops.constants import constant_in_traces
 from gridattn.ops.neighborhood import cpu, flex, reference, tiled, triton_ops
 from gridattn.ops.neighborhood.checks import check_additional, check_bias, check_key_mask, check_tensors
 from gridattn.ops.neighborhood.gpu_choice import preferred_backends
 from gridattn.ops.neighborhood.merge import merge_attentions
 from gridattn.ops.neighborhood.plan import Plan, make_plan
-from gridattn.ops.neighborhood.tables import constant_in_traces
 
 _HAS_NUMBA = find_spec("numba") is not None
 

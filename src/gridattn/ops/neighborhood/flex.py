@@ -14,11 +14,12 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from gridattn.ops.constants import constant_in_traces, to_tensors
 from gridattn.ops.neighborhood import tiled
 from gridattn.ops.neighborhood.layout import TileLayout
 from gridattn.ops.neighborhood.plan import AxisPlan, Plan
 from gridattn.ops.neighborhood.slots import AxisSlots, AxisView, spread, visits
-from gridattn.ops.neighborhood.tables import AxisKey, axis_keys, constant_in_traces, to_tensors
+from gridattn.ops.neighborhood.tables import AxisKey, axis_keys
 
 BLOCK = 128
 """Tokens of a tile: the smallest block that FlexAttention takes with its default settings everywhere."""

@@ -6,7 +6,7 @@ from importlib.resources import files
 
 import torch
 
-from gridattn.ops.neighborhood.tables import constant_in_traces
+from gridattn.ops.constants import constant_in_traces
 
 ORDER = ("triton", "flex", "tiled")
 """Where nothing was measured; the first that can run a problem is taken."""

@@ -10,6 +10,7 @@ from einops import rearrange
 from torch import Tensor
 
 from gridattn.ops.common import check_choice
+from gridattn.ops.constants import constant_in_traces, to_tensors
 from gridattn.ops.neighborhood import flex, tiled
 from gridattn.ops.neighborhood.api import (
     BACKENDS,
@@ -25,7 +26,7 @@ from gridattn.ops.neighborhood.layout import TileLayout
 from gridattn.ops.neighborhood.merge import merge_attentions
 from gridattn.ops.neighborhood.plan import Plan
 from gridattn.ops.neighborhood.slots import AxisSlots, flat_slots, spread
-from gridattn.ops.neighborhood.tables import AxisKey, axis_keys, constant_in_traces, to_tensors
+from gridattn.ops.neighborhood.tables import AxisKey, axis_keys
 
 
 @overload

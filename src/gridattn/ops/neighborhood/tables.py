@@ -1,18 +1,13 @@
 """Tables of integers as tensors, made once a problem; a trace (torch.compile, torch.export) takes them as constants."""
 
-from collections.abc import Callable
-from functools import lru_cache
 from math import prod
-from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
+from gridattn.ops.constants import constant_in_traces, to_tensors
 from gridattn.ops.neighborhood.plan import AxisPlan, Plan
-
-Built = TypeVar("Built", bound=Callable)
 
 AxisKey = tuple[int, int, int, int, bool]
 """(length, kernel, stride, dilation, causal): an axis in plain values, which a trace can pass on as a constant."""
@@ -21,26 +16,6 @@ AxisKey = tuple[int, int, int, int, bool]
 def axis_keys(plan: Plan) -> tuple[AxisKey, ...]:
     """The axes of a plan in plain values."""
     return tuple((axis.length, axis.kernel, axis.stride, axis.dilation, axis.causal) for axis in plan.axes)
-
-
-def constant_in_traces(function: Built) -> Built:
-    """Marks a function whose results a trace takes as constants.
-
-    `torch.compiler.assume_constant_result` sets the same mark, but loads the whole compiler, which doubles the time of
-    importing torch.
-    """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
-
-
-@lru_cache(maxsize=128)
-def to_tensors(build: Callable[..., tuple[np.ndarray, ...]], device: torch.device, *args) -> tuple[Tensor, ...]:
-    """The arrays `build(*args)` as tensors on `device`.
-
-    They outlive the call, so they must be ordinary tensors even when it runs in inference mode or under fake tensors.
-    """
-    with torch.inference_mode(False), _disable_current_modes():
-        return tuple(torch.from_numpy(np.ascontiguousarray(array)).to(device) for array in build(*args))
 
 
 @constant_in_traces

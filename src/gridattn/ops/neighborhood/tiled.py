@@ -19,8 +19,9 @@ from einops import rearrange, repeat
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gridattn.ops.constants import constant_in_traces, to_tensors
 from gridattn.ops.neighborhood.plan import AxisPlan, Plan
-from gridattn.ops.neighborhood.tables import AxisKey, axis_keys, constant_in_traces, to_tensors
+from gridattn.ops.neighborhood.tables import AxisKey, axis_keys
 from gridattn.ops.neighborhood.tiling import Tiling, make_tiling
 
 CHUNK_ELEMENTS = 1 << 22

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gridattn.ops.constants import to_tensors
 from gridattn.ops.neighborhood.plan import AxisPlan, Plan
 from gridattn.ops.neighborhood.slots import AxisSlots, AxisView, Visits, visits
-from gridattn.ops.neighborhood.tables import to_tensors
 
 Tile = tuple[int, int, int]
 

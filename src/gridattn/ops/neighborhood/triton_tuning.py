@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from gridattn.ops.neighborhood.tables import constant_in_traces
+from gridattn.ops.constants import constant_in_traces
 
 
 class Block(NamedTuple):
