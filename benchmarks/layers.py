@@ -10,6 +10,7 @@ number of tokens between the two larger grids, on a log-log scale, for mechanism
 """
 
 import argparse
+import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -80,12 +81,12 @@ def peer_options(name: str) -> dict:
 
 
 def calls(layer: nn.Module, x: Tensor) -> tuple[Call, Call]:
-    """Forward without gradients, and forward with backward to input and parameters."""
-    leaf = x.clone().requires_grad_()
+    """Forward as in inference, and forward with backward to input and parameters as in training."""
+    leaf, frozen = x.clone().requires_grad_(), copy.deepcopy(layer).eval()
 
     def forward() -> None:
         with torch.no_grad():  # timm's gated attention keeps what it makes in inference mode for its training
-            layer(x)
+            frozen(x)
 
     def train() -> None:
         layer(leaf).sum().backward()

@@ -50,7 +50,8 @@ def test_both_fast_forms_equal_the_definition_forward_and_backward(data: st.Data
     leaves = [x.requires_grad_() for x in (query, key, value, *(tables if with_tables else ()))]
     results = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(halo, "is_small", lambda *_: small)
+        patch.setattr(halo, "_tabulates", lambda *_: small)
+        patch.setattr(halo, "CHUNK_OF_LOGITS", data.draw(st.sampled_from([1, 200, 2**19]), label="chunk"))
         for backend in ("auto", "reference"):
             out = halo_attention(
                 *(query, key, value, block, halo_size),
@@ -69,7 +70,7 @@ def test_the_fused_form_equals_the_direct_form_in_float32(monkeypatch: pytest.Mo
     tables = [table.float() for table in draw_tables(4, 2)]
     results = []
     for small in (True, False):
-        monkeypatch.setattr(halo, "is_small", lambda *_, small=small: small)
+        monkeypatch.setattr(halo, "_tabulates", lambda *_, small=small: small)
         results.append(halo_attention(query, key, value, 4, 2, relative=tables))
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=1e-6 * float(results[0].abs().max()))
 

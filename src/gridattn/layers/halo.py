@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gridattn.layers.common import GridAttention, value_gradient_map
 from gridattn.layers.registry import register_attention
 from gridattn.ops.common import check_channels, per_axis
-from gridattn.ops.halo import halo_attention, is_small
+from gridattn.ops.halo import CHUNK_OF_LOGITS, halo_attention
 
 
 @register_attention(
@@ -146,28 +146,20 @@ class HaloAttention(GridAttention):
         project = self.dim * (prod(query_grid) * self.query.out_features + prod(grid) * self.key_value.out_features)
         windows, queries = self._sizes(grid)
         relative = queries * self.head_dim * sum(windows) if self.relative is not None else 0
-        if is_small(queries * prod(windows), torch.device("cpu")):
-            return project + relative + queries * prod(windows) * (self.head_dim + self.value_dim)
-        return project + relative + queries * prod(windows) * 2 * self._fused_width()
+        return project + relative + queries * prod(windows) * (self.head_dim + self.value_dim)
 
     def memory(self, grid: Sequence[int], bytes_per_element: int = 4) -> int:
-        """Input, query, key, value, output, the keys and values of all windows, and the logits if stored."""
+        """Input, query, key, value, output, the keys and values of all windows, and a chunk of logits and weights."""
         windows, queries = self._sizes(grid)
         keys = self.num_heads * prod(-(-size // b) * w for size, b, w in zip(grid, self.block_size, windows))
-        stored = 2 * queries * prod(windows) if is_small(queries * prod(windows), torch.device("cpu")) else 0
-        return super().memory(grid, bytes_per_element) + bytes_per_element * (2 * keys * self._fused_width() + stored)
+        stored = 2 * min(queries * prod(windows), CHUNK_OF_LOGITS) + keys * (self.head_dim + self.value_dim)
+        return super().memory(grid, bytes_per_element) + bytes_per_element * stored
 
     def _sizes(self, grid: Sequence[int]) -> tuple[list[int], int]:
         """Window per axis, and the number of queries of all blocks and heads."""
         windows = [b + 2 * h for b, h in zip(self.block_size, self.halo_size)]
         padded = [-(-size // b) * b // self.query_stride for size, b in zip(grid, self.block_size)]
         return windows, self.num_heads * prod(padded)
-
-    def _fused_width(self) -> int:
-        """Channels of the vectors that carry the relative terms."""
-        windows = [b + 2 * h for b, h in zip(self.block_size, self.halo_size)]
-        places = sum(windows) if self.relative is not None or self.mask_padding else 0
-        return max(self.head_dim + places, self.value_dim)
 
     def attention_map(self, x: Tensor, query: Sequence[int]) -> Tensor:
         """Weights of one query, (B, heads, *grid); with strided queries, of the one whose s positions hold `query`."""

@@ -13,6 +13,9 @@ from torch import Tensor
 from gridattn.ops.common import check_choice, check_same_kind, per_axis
 from gridattn.ops.padding import pad_grid
 
+CHUNK_OF_LOGITS = 2**19
+"""Logits that are made at a time where they are made at all: as many as stay in the caches of a CPU."""
+
 
 def halo_attention(
     query: Tensor,
@@ -157,36 +160,42 @@ def _attend(
     scale: float,
     mask_padding: bool,
 ) -> Tensor:
-    rank, heads = len(windows.grid), key.shape[-2]
     q = _to_blocks(query, windows)  # (B * heads, *blocks, *places, head_dim)
     k, v = (_to_windows(_pad_keys(x, windows), windows) for x in (key, value))
-    barred = _tables(windows, key)[1] if mask_padding else []
+    terms = _relative_terms(q, tables, windows)  # per axis (B * heads, *blocks, *places, window)
+    if mask_padding:
+        barred = _tables(windows, key)[1]
+        bare = [q.new_zeros(()).expand(*q.shape[:-1], size) for size in windows.window]
+        terms = [term + outside for term, outside in zip(terms or bare, barred)]
 
-    terms = []  # per axis: what the logits gain by the key's place, (B * heads, *blocks, *places, window)
-    for axis in range(rank if tables or mask_padding else 0):
-        term = q.new_zeros(()).expand(*q.shape[:-1], windows.window[axis])
-        if tables:
-            rows = relative_rows(tables[axis].to(q.dtype), windows.places[axis], windows.window[axis])
-            term = _product_with_rows(q, rows, axis)
-        terms.append(term + barred[axis] if mask_padding else term)
-
-    fused = not is_small(q.shape[0] * prod(windows.blocks) * prod(windows.places) * prod(windows.window), q.device)
-    out = (_attend_fused if fused else _attend_directly)(q * scale, k, v, terms, windows)
-    return _from_blocks(out, windows, heads)
+    num_logits = q.shape[0] * prod(windows.blocks) * prod(windows.places) * prod(windows.window)
+    attend = _attend_directly if _tabulates(num_logits, q.device) else _attend_fused
+    out = attend(q * scale, k, v, terms, windows)
+    return _from_blocks(out, windows, key.shape[-2])
 
 
-def is_small(num_logits: int, device: torch.device) -> bool:
-    """Whether a table of all logits beats a fused kernel: on a CPU, as long as it stays near the caches."""
-    return device.type == "cpu" and not torch.compiler.is_compiling() and num_logits <= 2**22
+def _tabulates(num_logits: int, device: torch.device) -> bool:
+    """Whether tables of logits beat a fused kernel: on a CPU; with gradients, which keep them all, only a few."""
+    if device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return num_logits <= 2**22 or not torch.is_grad_enabled()
 
 
 def _attend_directly(q: Tensor, k: Tensor, v: Tensor, terms: list[Tensor], windows: _Windows) -> Tensor:
+    """By a table of logits, for a few blocks at a time so that it stays in the caches."""
     rank = len(windows.grid)
-    logits = q.flatten(rank + 1, -2).flatten(1, rank) @ k.transpose(-1, -2)
-    by_place = logits.view(*q.shape[:-1], *windows.window)
-    for axis, term in enumerate(terms):
-        by_place += term.view(*q.shape[:-1], *(w if a == axis else 1 for a, w in enumerate(windows.window)))
-    return logits.softmax(-1) @ v
+    logits_of_block = prod(windows.places) * prod(windows.window)
+    few = max(1, CHUNK_OF_LOGITS // logits_of_block)
+    queries, *on_axes = (t.flatten(0, rank).split(few) for t in (q, *terms))
+    keys, values = (t.flatten(0, 1).split(few) for t in (k, v))
+    out = []
+    for query, key, value, *added in zip(queries, keys, values, *on_axes):
+        logits = query.flatten(1, -2) @ key.mT
+        by_place = logits.view(*query.shape[:-1], *windows.window)
+        for axis, term in enumerate(added):
+            by_place += term.view(*query.shape[:-1], *(w if a == axis else 1 for a, w in enumerate(windows.window)))
+        out.append(logits.softmax(-1) @ value)
+    return torch.cat(out).unflatten(0, k.shape[:2])
 
 
 def _attend_fused(q: Tensor, k: Tensor, v: Tensor, terms: list[Tensor], windows: _Windows) -> Tensor:
@@ -269,9 +278,27 @@ def _from_blocks(x: Tensor, windows: _Windows, heads: int) -> Tensor:
     return x.permute(0, *order, 1, 2 * rank + 2).reshape(x.shape[0], *sizes, heads, x.shape[-1])
 
 
-def _product_with_rows(query: Tensor, rows: Tensor, axis: int) -> Tensor:
-    """(N, *blocks, *places, d) and (places[axis], window, d) -> (N, *blocks, *places, window): q . rows[r_axis, u]."""
-    place = "rct"[: (query.ndim - 2) // 2]
+def _relative_terms(query: Tensor, tables: tuple[Tensor, ...], windows: _Windows) -> list[Tensor]:
+    """What the logits gain by the key's place along each axis: (N, *blocks, *places, window) each.
+
+    query: (N, *blocks, *places, d). The term of place r and key u is query . table[u - r + window - 1].
+    """
+    rank = len(windows.grid)
+    if torch.compiler.is_compiling() or not tables:
+        return [_product_with_rows(query, table, windows, axis) for axis, table in enumerate(tables)]
+    products = query @ torch.cat(tables).to(query.dtype).mT  # with every vector of all tables
+    terms, start = [], products.storage_offset()
+    for axis, size in enumerate(windows.window):
+        steps = list(products.stride())
+        steps[1 + rank + axis] -= 1  # every further place starts one vector earlier
+        terms.append(products.as_strided((*query.shape[:-1], size), steps, start + size - 1))
+        start += 2 * size - 1
+    return terms
+
+
+def _product_with_rows(query: Tensor, table: Tensor, windows: _Windows, axis: int) -> Tensor:
+    rows = relative_rows(table.to(query.dtype), windows.places[axis], windows.window[axis])
+    place = "rct"[: len(windows.grid)]
     flat = query.flatten(0, len(place))
     return torch.einsum(f"n{place}d,{place[axis]}ud->n{place}u", flat, rows).unflatten(0, query.shape[: 1 + len(place)])
 

@@ -10,7 +10,7 @@ Sources: arXiv 2103.14030 (blocks and their cyclic shift), arXiv 2204.01697 (the
 """
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from math import prod
 from typing import Literal
 
@@ -60,14 +60,12 @@ def merge_windows(
         >>> torch.equal(merge_windows(windows, (3, 2), (5, 7), "grid"), x)
         True
     """
-    rank, features = len(window), windows.shape[3:]
-    counts = [(size + w - 1) // w for size, w in zip(grid, window)]
-    apart = windows.view(windows.shape[0], *counts, *window, *features)
-    padded = [n * w for n, w in zip(counts, window)]
-    x = apart.permute(_axes_merged(rank, len(features), layout)).reshape(windows.shape[0], *padded, *features)
+    shapes = _merged_shapes if torch.compiler.is_compiling() else _kept_merged_shapes
+    apart, order, filled, padding = shapes(windows.shape, tuple(window), tuple(grid), layout)
+    x = windows.view(apart).permute(order).reshape(filled)
     if shift is not None and any(shift):
-        x = x.roll(tuple(shift), tuple(range(1, 1 + rank)))
-    return pad_grid(x, [(0, -pad) for pad in _padding(grid, window)])
+        x = x.roll(tuple(shift), tuple(range(1, 1 + len(window))))
+    return pad_grid(x, padding)
 
 
 def regroup_axes(x: Tensor, groups: Sequence[int]) -> Tensor:
@@ -130,14 +128,34 @@ def window_mask(
 
 
 def _cut(x: Tensor, window: Sequence[int], layout: Layout, shift: Sequence[int] | None) -> Tensor:
-    rank, features = len(window), x.shape[1 + len(window) :]
     if shift is not None and any(shift):
-        x = x.roll(tuple(-s for s in shift), tuple(range(1, 1 + rank)))
-    counts = [size // w for size, w in zip(x.shape[1:], window)]
+        x = x.roll(tuple(-s for s in shift), tuple(range(1, 1 + len(window))))
+    shapes = _cut_shapes if torch.compiler.is_compiling() else _kept_cut_shapes
+    apart, order, cut = shapes(x.shape, tuple(window), layout)
+    return x.reshape(apart).permute(order).reshape(cut)
+
+
+def _cut_shapes(shape: torch.Size, window: tuple[int, ...], layout: Layout) -> tuple[tuple[int, ...], ...]:
+    """(B, *grid, *features) with its axes split; the order that brings windows together; cut into windows."""
+    batch, features = shape[0], shape[1 + len(window) :]
+    counts = [size // w for size, w in zip(shape[1:], window)]
     pairs = (part for n, w in zip(counts, window) for part in _in_layout(n, w, layout))
-    apart = x.reshape(x.shape[0], *pairs, *features)
-    cut = apart.permute(_axes_cut(rank, len(features), layout))
-    return cut.reshape(x.shape[0], prod(counts), prod(window), *features)
+    cut = batch, prod(counts), prod(window), *features
+    return (batch, *pairs, *features), _axes_cut(len(window), len(features), layout), cut
+
+
+def _merged_shapes(
+    shape: torch.Size, window: tuple[int, ...], grid: tuple[int, ...], layout: Layout
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[tuple[int, int], ...]]:
+    """(B, windows, prod(window), *features) with its axes split; the order of the grid; merged; what is cut off."""
+    batch, features = shape[0], shape[3:]
+    counts = [(size + w - 1) // w for size, w in zip(grid, window)]
+    filled = batch, *(n * w for n, w in zip(counts, window)), *features
+    padding = tuple((0, -pad) for pad in _padding(grid, window))
+    return (batch, *counts, *window, *features), _axes_merged(len(window), len(features), layout), filled, padding
+
+
+_kept_cut_shapes, _kept_merged_shapes = lru_cache(256)(_cut_shapes), lru_cache(256)(_merged_shapes)
 
 
 @cache
