@@ -145,7 +145,7 @@ class HaloAttention(GridAttention):
         query_grid = [-(-size // self.query_stride) for size in grid]
         project = self.dim * (prod(query_grid) * self.query.out_features + prod(grid) * self.key_value.out_features)
         windows, queries = self._sizes(grid)
-        relative = queries * self.head_dim * sum(windows) if self.relative is not None else 0
+        relative = queries * self.head_dim * sum(2 * w - 1 for w in windows) if self.relative is not None else 0
         return project + relative + queries * prod(windows) * (self.head_dim + self.value_dim)
 
     def memory(self, grid: Sequence[int], bytes_per_element: int = 4) -> int:
