@@ -10,9 +10,10 @@ from PIL import Image
 from gridattn.lab.selection import parse_query, select_attentions
 from gridattn.lab.show import query_fractions, save, show
 from gridattn.layers import attention_info, list_attentions
+from gridattn.layers.raster import runs_on
 
 
-@pytest.mark.parametrize("name", [name for name in list_attentions() if 2 in attention_info(name).ranks])
+@pytest.mark.parametrize("name", [name for name in list_attentions() if runs_on(name, 2)])
 def test_every_mechanism_can_be_shown_and_the_title_says_what_is_drawn(name: str) -> None:
     shown = show("rocket", name, image_size=56)
     (view,) = shown.views
@@ -52,4 +53,4 @@ def test_numbers_and_picture_are_written(tmp_path: Path) -> None:
 
 def test_patterns_select_each_mechanism_once() -> None:
     assert select_attentions(["window,w*ndow", "global"]) == ["window", "global"]
-    assert select_attentions("all") == [name for name in list_attentions() if 2 in attention_info(name).ranks]
+    assert select_attentions("all") == [name for name in list_attentions() if runs_on(name, 2)]

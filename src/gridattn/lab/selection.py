@@ -6,6 +6,7 @@ from typing import Any
 import yaml
 
 from gridattn.layers import attention_info, list_attentions
+from gridattn.layers.raster import runs_on
 
 
 def select_attentions(names: str | Sequence[str], rank: int = 2) -> list[str]:
@@ -29,16 +30,15 @@ def select_attentions(names: str | Sequence[str], rank: int = 2) -> list[str]:
     chosen: list[str] = []
     for part in wanted:
         if part == "all" or any(sign in part for sign in "*?["):
-            found = [
-                name for name in list_attentions("*" if part == "all" else part) if rank in attention_info(name).ranks
-            ]
+            found = [name for name in list_attentions("*" if part == "all" else part) if runs_on(name, rank)]
             if not found:
                 raise ValueError(f"attention={part!r} matches nothing; known: {', '.join(list_attentions())}")
             chosen += found
         else:
-            ranks = attention_info(part).ranks
-            if rank not in ranks:
-                raise ValueError(f"attention={part!r} works on grids of {ranks} axes, not on {rank}")
+            if not runs_on(part, rank):
+                raise ValueError(
+                    f"attention={part!r} works on grids of {attention_info(part).ranks} axes, not on {rank}"
+                )
             chosen.append(part)
     return list(dict.fromkeys(chosen))
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from math import prod
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +30,7 @@ class GridAttention(nn.Module):
         exact_map: True where `attention_map` returns the mechanism's own weights rather than gradients.
     """
 
-    exact_map: ClassVar[bool] = False
+    exact_map: bool = False
 
     def __init__(self, dim: int, rank: int) -> None:
         super().__init__()

@@ -5,7 +5,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gridattn.layers import attention_info, create_attention
+from gridattn.layers import attention_info
+from gridattn.layers.raster import create_on_grid
 from gridattn.models.common import Backbone, Block, Level, conv_channels_last, drop_path_rates, init_linear, linear
 from gridattn.models.patches import PatchEmbed, check_level_lists, conv_of_rank
 from gridattn.models.registry import register_variants
@@ -30,8 +31,9 @@ class GridViT(Backbone):
         depths: blocks per level.
         num_heads: heads per level.
         mlp_ratio: hidden width of the MLPs over the channels.
-        attention: registry name, one for all levels or one per level; `"a+b"` alternates over the blocks.
-        attention_options: keywords for `create_attention`, one mapping for all levels or one per level.
+        attention: registry name, one for all levels or one per level; `"a+b"` alternates over the blocks. One that is
+            for sequences only reads a grid of more axes in row-major order.
+        attention_options: keywords of the attention's constructor, one mapping for all levels or one per level.
         drop_rate: dropout in the MLPs.
         drop_path_rate: stochastic depth, growing linearly to this rate.
 
@@ -84,7 +86,7 @@ class GridViT(Backbone):
             mechanisms = names[i].split("+")
             blocks = [
                 Block(
-                    create_attention(mechanisms[j % len(mechanisms)], dim, heads[i], grid=grid, **options[i]),
+                    create_on_grid(mechanisms[j % len(mechanisms)], dim, heads[i], grid=grid, **options[i]),
                     mlp_ratio,
                     rates[i][j],
                     drop_rate,
