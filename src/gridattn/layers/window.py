@@ -189,7 +189,10 @@ class WindowAttention(GridAttention):
             return bias
         visible = rearrange(visible, "n q k -> n 1 q k")
         masked = visible if bias is None else bias.masked_fill(~visible, -torch.inf)
-        return masked.repeat(q.shape[0] // visible.shape[0], 1, 1, 1)
+        samples = q.shape[0] // visible.shape[0]
+        if samples == 1 and not torch.compiler.is_compiling():
+            return masked  # repeating once would copy
+        return masked.repeat(samples, 1, 1, 1)
 
     def bias_table(self) -> Tensor | None:
         """Relative position biases (heads, 2 * window_size - 1 per axis); None where there are none."""
