@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from gridattn.layers.common import GridAttention
+from gridattn.layers.linear import apply_linear
 from gridattn.layers.registry import register_attention
 from gridattn.ops.channel_attention import channel_attention, channel_self_attention, channel_weights
 from gridattn.ops.common import autocast_enabled, check_channels
@@ -62,7 +63,7 @@ class ChannelAttention(GridAttention):
         if self._by_gram_matrix(x):
             return self._attend_by_gram_matrix(x, scale)
         query, key, value = self._project(x)
-        return self.proj(channel_attention(query, key, value, scale=scale).flatten(-2))
+        return apply_linear(self.proj, channel_attention(query, key, value, scale=scale).flatten(-2))
 
     def weights(self, x: Tensor) -> Tensor:
         """The attention among channels, (B, groups, C / groups, C / groups); every row sums to one."""
@@ -74,7 +75,7 @@ class ChannelAttention(GridAttention):
         return prod(grid) ** -0.5 if self.dynamic_scale else self.group_dim**-0.5
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
-        thirds = self.qkv(x).view(*x.shape[:-1], 3, self.num_heads, self.group_dim).unbind(-3)
+        thirds = apply_linear(self.qkv, x).view(*x.shape[:-1], 3, self.num_heads, self.group_dim).unbind(-3)
         query, key, value = (0, 1, 2) if self.dynamic_scale else (1, 2, 0)
         return thirds[query], thirds[key], thirds[value]
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from gridattn.layers.common import GridAttention, split_heads, value_gradient_map
 from gridattn.layers.global_attention import GlobalAttention
+from gridattn.layers.linear import apply_linear
 from gridattn.layers.registry import register_attention
 from gridattn.ops.common import check_channels, check_probability
 from gridattn.ops.gated_positional import (
@@ -119,7 +120,7 @@ class GatedPositionalAttention(GridAttention):
         self.check_input(x)
         query, key, value = self._project(x)
         dropout = self.attention_dropout if self.training else 0.0
-        return self.proj_drop(self.proj(self._attend(query, key, value, dropout).flatten(-2)))
+        return self.proj_drop(apply_linear(self.proj, self._attend(query, key, value, dropout).flatten(-2)))
 
     def weights(self, x: Tensor) -> Tensor:
         """The attention of all queries to all keys, (B, heads, N, N), N positions in row-major order."""
@@ -135,8 +136,8 @@ class GatedPositionalAttention(GridAttention):
         return Locality(self.gating_param.detach().sigmoid(), centre, span, centre.norm(dim=-1))
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        query, key = split_heads(self.qk(x), 2, self.num_heads)
-        return query, key, self.v(x).unflatten(-1, (self.num_heads, -1))
+        query, key = split_heads(apply_linear(self.qk, x), 2, self.num_heads)
+        return query, key, apply_linear(self.v, x).unflatten(-1, (self.num_heads, -1))
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0) -> Tensor:
         return gated_positional_attention(

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gridattn.layers.common import GridAttention, split_heads, value_gradient_map
+from gridattn.layers.linear import apply_linear
 from gridattn.layers.registry import register_attention
 from gridattn.ops.common import check_channels, check_probability
 
@@ -68,10 +69,10 @@ class GlobalAttention(GridAttention):
         """(B, *grid, C) -> (B, *grid, C)."""
         self.check_input(x)
         query, key, value = self._project(x)
-        return self.proj_drop(self.proj(self._attend(query, key, value).flatten(-2)))
+        return self.proj_drop(apply_linear(self.proj, self._attend(query, key, value).flatten(-2)))
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
-        return split_heads(self.qkv(x), 3, self.num_heads)
+        return split_heads(apply_linear(self.qkv, x), 3, self.num_heads)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         tokens = [t.flatten(1, -3).transpose(1, 2) for t in (query, key, value)]  # (B, heads, N, head_dim)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from gridattn.layers.batch_norm import GridBatchNorm
 from gridattn.layers.drop_path import DropPath
+from gridattn.layers.linear import apply_linear, linear_activation
 from gridattn.ops.common import check_channels, check_choice
 
 
@@ -95,19 +96,19 @@ class MbConv(nn.Module):
         shortcut = x if self.stride == 1 else _average_2x2(x)
         if self.shortcut is not None:
             shortcut = self.shortcut(shortcut)
-        x = self.act(self._expand(x))
+        x = self._expand(x)
         x = self.act(self._depthwise(x))
         x = self.squeeze_excitation(x)
-        return shortcut + self.drop_path(self.project(x))
+        return shortcut + self.drop_path(apply_linear(self.project, x))
 
     def _expand(self, x: Tensor) -> Tensor:
-        """norm1(expand(pre_norm(x))); with fixed statistics all three are one affine map."""
+        """act(norm1(expand(pre_norm(x)))); with fixed statistics all but the activation are one affine map."""
         if self.training:
-            return self.norm1(self.expand(self.pre_norm(x)))
+            return self.act(self.norm1(self.expand(self.pre_norm(x))))
         gain_in, offset_in = self.pre_norm.gain_and_offset()
         gain, offset = self.norm1.gain_and_offset()
         weight = gain[:, None] * self.expand.weight
-        return F.linear(x, weight * gain_in, weight @ offset_in + offset)
+        return linear_activation(x, weight * gain_in, weight @ offset_in + offset, self.act)
 
     def _depthwise(self, x: Tensor) -> Tensor:
         """norm2(depthwise(x)); with fixed statistics both are one convolution."""

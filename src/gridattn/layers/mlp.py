@@ -2,6 +2,8 @@
 
 from torch import Tensor, nn
 
+from gridattn.layers.linear import apply_linear
+
 
 class Mlp(nn.Module):
     """fc2(GELU(fc1(x))) for every position, with dropout after both.
@@ -27,4 +29,5 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., C)."""
-        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+        hidden = self.drop(apply_linear(self.fc1, x, self.act))
+        return self.drop(apply_linear(self.fc2, hidden))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gridattn.layers.common import GridAttention, split_heads, value_gradient_map
+from gridattn.layers.linear import apply_linear
 from gridattn.layers.registry import register_attention
 from gridattn.ops.common import check_channels, check_choice, check_probability, per_axis, per_axis_flag
 from gridattn.ops.neighborhood import (
@@ -167,7 +168,7 @@ class NeighborhoodAttention(GridAttention):
         else:
             query, key, value = self._project(x)
             out = self._attend(query, key, value)[_inside(grid)]
-        return self.proj_drop(self.proj(out.flatten(-2)))
+        return self.proj_drop(apply_linear(self.proj, out.flatten(-2)))
 
     def _forward_in_layout(self, x: Tensor, layout: TileLayout) -> Tensor:
         if len(layout.grid) != self.rank:
@@ -183,7 +184,7 @@ class NeighborhoodAttention(GridAttention):
         out = neighborhood_attention_in_layout(
             q, k, v, layout, kernel, stride, dilation, causal, scale=self.scale, bias=bias, backend=self.backend
         )
-        return self.proj_drop(self.proj(out.flatten(-2)))
+        return self.proj_drop(apply_linear(self.proj, out.flatten(-2)))
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
         if self.small_grid == "pad":
@@ -191,7 +192,7 @@ class NeighborhoodAttention(GridAttention):
         return self._heads(x)
 
     def _heads(self, x: Tensor) -> tuple[Tensor, ...]:
-        return split_heads(self.qkv(x), 3, self.num_heads)
+        return split_heads(apply_linear(self.qkv, x), 3, self.num_heads)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention on the axes that hold more than one position; along the others there is nothing to choose."""

@@ -9,6 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from gridattn.layers.common import GridAttention, split_heads, value_gradient_map
+from gridattn.layers.linear import apply_linear
 from gridattn.layers.registry import register_attention
 from gridattn.ops.common import check_channels, check_choice, check_probability, per_axis
 from gridattn.ops.neighborhood import neighborhood_attention
@@ -122,11 +123,13 @@ class WindowAttention(GridAttention):
             return self.proj_drop(self._forward_by_kernel(x, window))
         # Windows are cut before the projection: one cut instead of three.
         windows = partition_windows(x, window, self.partition, shift)
-        stacked = self.qkv(windows).view(x.shape[0] * windows.shape[1], prod(window), 3, *heads)
+        stacked = apply_linear(self.qkv, windows).view(x.shape[0] * windows.shape[1], prod(window), 3, *heads)
         query, key, value = stacked.permute(2, 0, 3, 1, 4).unbind(0)
         out = self._attend_windows(query, key, value, grid, window, shift)
         out = out.transpose(1, 2).view(*windows.shape[:-1], *heads)
-        return self.proj_drop(self.proj(merge_windows(out, window, grid, self.partition, shift).reshape(x.shape)))
+        return self.proj_drop(
+            apply_linear(self.proj, merge_windows(out, window, grid, self.partition, shift).reshape(x.shape))
+        )
 
     def _fits_kernel(self, x: Tensor, window: Sequence[int], shift: Sequence[int]) -> bool:
         """Whether the CPU kernel of neighborhood attention can take the windows, and is the faster way."""
@@ -143,11 +146,11 @@ class WindowAttention(GridAttention):
         """(B, *grid, C) -> (B, *grid, C): blocks are neighborhoods that as many queries share as they have keys."""
         if self.partition == "grid":
             x = regroup_axes(x, window)
-        query, key, value = split_heads(self.qkv(x), 3, self.num_heads)
+        query, key, value = split_heads(apply_linear(self.qkv, x), 3, self.num_heads)
         table = self.bias_table()
         bias = None if table is None else crop_relative_bias(table, window)
         out = neighborhood_attention(query, key, value, window, stride=window, scale=self.scale, bias=bias)
-        out = self.proj(out.reshape(x.shape))
+        out = apply_linear(self.proj, out.reshape(x.shape))
         return out if self.partition == "block" else regroup_axes(out, [n // w for n, w in zip(x.shape[1:], window)])
 
     def _attend_windows(
@@ -213,7 +216,7 @@ class WindowAttention(GridAttention):
         position = self.check_query(x, query)
         grid = self.check_input(x)
         window, shift = self._clip(grid)
-        projected = split_heads(self.qkv(x), 3, self.num_heads)
+        projected = split_heads(apply_linear(self.qkv, x), 3, self.num_heads)
 
         def cut(t: Tensor) -> Tensor:
             return partition_windows(t, window, self.partition, shift).flatten(0, 1).transpose(1, 2)

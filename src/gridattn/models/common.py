@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gridattn.layers import GridAttention
 from gridattn.layers.drop_path import DropPath
+from gridattn.layers.mlp import Mlp
 from gridattn.models.state import load_strict
 
 
@@ -178,21 +179,6 @@ def attention_inputs(model: nn.Module, images: Tensor) -> list[AttentionInput]:
         for module in training:
             module.training = True
     return found
-
-
-class Mlp(nn.Module):
-    """Linear, GELU, Linear, with dropout after both."""
-
-    def __init__(self, dim: int, hidden: int, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.act = nn.GELU()
-        self.fc2 = nn.Linear(hidden, dim)
-        self.drop = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., C) -> (..., C)."""
-        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
 
 
 class Block(nn.Module):

@@ -4,6 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 
 def per_axis(value: Any, rank: int, name: str, *, minimum: int = 1) -> tuple[int, ...]:
@@ -81,7 +84,7 @@ def check_probability(name: str, value: float) -> None:
         raise ValueError(f"{name}={value!r} is not allowed; it must be a number in [0, 1)")
 
 
-def check_same_kind(**tensors: torch.Tensor) -> None:
+def check_same_kind(**tensors: Tensor) -> None:
     """Raises ValueError unless all tensors share one dtype and one device."""
     (first_name, first), *rest = tensors.items()
     for name, tensor in rest:
@@ -97,3 +100,17 @@ def autocast_enabled(device_type: str) -> bool:
     """Whether an autocast region is active for a type of device; some types, such as "meta", have none."""
     available = device_type in ("cpu", "cuda") or torch.amp.is_autocast_available(device_type)
     return available and torch.is_autocast_enabled(device_type)
+
+
+def is_plain(tensors: list[Tensor]) -> bool:
+    """Whether nothing follows this call: no gradient, compiler, tracer, transform or mode.
+
+    A kernel can then be called directly: PyTorch's dispatcher takes longer than a small problem.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode():
+        return False
+    records, is_wrapped = torch.is_grad_enabled(), torch._C._functorch.is_functorch_wrapped_tensor  # pyright: ignore[reportAttributeAccessIssue]
+    for tensor in tensors:
+        if type(tensor) not in (Tensor, Parameter) or is_wrapped(tensor) or (records and tensor.requires_grad):
+            return False
+    return not torch.overrides.has_torch_function(tensors)

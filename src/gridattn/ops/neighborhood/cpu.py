@@ -12,10 +12,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import Parameter
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
+from gridattn.ops.common import is_plain
 from gridattn.ops.neighborhood.cpu_rows import ROW_LANES, fits_rows, make_rows
 from gridattn.ops.neighborhood.cpu_threads import Kernel, run_on_threads
 from gridattn.ops.neighborhood.cpu_tiles import LANES, MIN_ITEMS, Tiling, make_tiling
@@ -64,25 +63,11 @@ def attend(
         float64; both are differentiable. A query that sees no key gives 0 and -inf.
     """
     tensors = [t for t in (query, key, value, bias, key_mask) if t is not None]
-    if _is_plain(tensors):
+    if is_plain(tensors):
         return _compute(query, key, value, bias, key_mask, plan, scale)
     of = plan.axes  # torch.compile reads the fields of a plan, not its properties
     geometry = [[a.kernel for a in of], [a.stride for a in of], [a.dilation for a in of], [a.causal for a in of]]
     return torch.ops.gridattn.neighborhood_cpu(query, key, value, bias, key_mask, *geometry, scale)
-
-
-def _is_plain(tensors: list[Tensor]) -> bool:
-    """Whether nothing follows this call: no gradient, compiler, tracer, transform or mode.
-
-    The kernel can then be called without PyTorch's dispatcher, which takes longer than a small problem.
-    """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode():
-        return False
-    records, is_wrapped = torch.is_grad_enabled(), torch._C._functorch.is_functorch_wrapped_tensor  # pyright: ignore[reportAttributeAccessIssue]
-    for tensor in tensors:
-        if type(tensor) not in (Tensor, Parameter) or is_wrapped(tensor) or (records and tensor.requires_grad):
-            return False
-    return not torch.overrides.has_torch_function(tensors)
 
 
 @torch.library.custom_op("gridattn::neighborhood_cpu", mutates_args=(), device_types="cpu")
