@@ -113,7 +113,7 @@ def significance_map(
 
     Example:
         >>> q, c, k = torch.randn(1, 8, 8, 4, 6), torch.randn(1, 2, 2, 2, 6), torch.randn(1, 8, 8, 2, 6)
-        >>> significance_map(q, c, k, window_size=4).sum()  # 4 windows, and 16 positions for each coarse one
+        >>> significance_map(q, c, k, window_size=4).sum().round()  # 4 windows, and 16 positions for each coarse one
         tensor(20.)
     """
     _check_halves(query, coarse_key, key)
