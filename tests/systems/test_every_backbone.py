@@ -30,7 +30,7 @@ TRAINING: dict[str, dict[str, Any]] = {
     "AgentDeiT": {"epochs": 25, "lr": 2e-3},
     "ConViT": {"epochs": 25, "lr": 2e-3},
     "GridViT": {"epochs": 20, "lr": 3e-3},
-    "IsotropicNAT": {"epochs": 40, "lr": 3e-3},
+    "IsotropicNAT": {"epochs": 60, "lr": 2e-3},
     "SubspaceMobileNetV1": {"epochs": 20, "lr": 4e-3},
     "SubspaceMobileNetV2": {"epochs": 30, "lr": 4e-3},
     "TiC": {"epochs": 24, "lr": 6e-3},

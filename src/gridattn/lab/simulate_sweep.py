@@ -185,8 +185,9 @@ def sweep_windows(
 
     Example:
         >>> found = sweep_windows((64, 64), query_tile=(8, 8), key_tile=(8, 8))
-        >>> [(c.kernel_size, c.stride, float(c.simulation.speedup)) for c in found if c.on_front][:2]
-        [((8, 8), (8, 8), 64.0), ((8, 16), (8, 16), 32.0)]
+        >>> best = next(choice for choice in found if choice.on_front)
+        >>> best.kernel_size, best.stride, float(best.simulation.speedup)
+        ((8, 8), (8, 8), 64.0)
     """
     sizes, plan = _windows(grid, dilation, is_causal, key_tile, windows)
     q_tiles, k_tiles = _check_tiles(plan.rank, query_tile, key_tile, key_tiling)

@@ -119,7 +119,7 @@ def create_attention(
 
     Raises:
         ValueError: an unknown name or option, a rank that the mechanism does not have, or a value that its
-        constructor refuses.
+            constructor refuses.
 
     Example:
         >>> import torch
