@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from gridattn.layers.agent import AgentMixer, convert_official_mixer
@@ -295,8 +294,7 @@ class CrossWindowAttention(GridAttention):
 
     def _project(self, x: Tensor) -> list[tuple[Tensor, ...]]:
         """Queries, keys and values, each split into the heads of the branches."""
-        qkv = rearrange(self.qkv(x), "... (three h d) -> three ... h d", three=3, h=self.num_heads)
-        return [t.chunk(len(self.branches), -2) for t in qkv.unbind(0)]
+        return [t.chunk(len(self.branches), -2) for t in split_heads(self.qkv(x), 3, self.num_heads)]
 
     def _stripe(self, branch: int, grid: Sequence[int]) -> tuple[int, ...]:
         width = self.window_size

@@ -6,7 +6,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from gridattn.layers.common import GridAttention
+from gridattn.layers.common import GridAttention, split_heads
 from gridattn.layers.linear import apply_linear
 from gridattn.layers.registry import register_attention
 from gridattn.ops.channel_attention import channel_attention, channel_self_attention, channel_weights
@@ -75,7 +75,7 @@ class ChannelAttention(GridAttention):
         return prod(grid) ** -0.5 if self.dynamic_scale else self.group_dim**-0.5
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
-        thirds = apply_linear(self.qkv, x).view(*x.shape[:-1], 3, self.num_heads, self.group_dim).unbind(-3)
+        thirds = split_heads(apply_linear(self.qkv, x), 3, self.num_heads)
         query, key, value = (0, 1, 2) if self.dynamic_scale else (1, 2, 0)
         return thirds[query], thirds[key], thirds[value]
 

@@ -118,11 +118,11 @@ class WindowAttention(GridAttention):
         """(B, *grid, C) -> (B, *grid, C)."""
         grid = self.check_input(x)
         window, shift = self._clip(grid)
-        heads = (self.num_heads, self.dim // self.num_heads)
         if self._fits_kernel(x, window, shift):
             return self.proj_drop(self._forward_by_kernel(x, window))
         # Windows are cut before the projection: one cut instead of three.
         windows = partition_windows(x, window, self.partition, shift)
+        heads = (self.num_heads, self.dim // self.num_heads)
         stacked = apply_linear(self.qkv, windows).view(x.shape[0] * windows.shape[1], prod(window), 3, *heads)
         query, key, value = stacked.permute(2, 0, 3, 1, 4).unbind(0)
         out = self._attend_windows(query, key, value, grid, window, shift)

@@ -165,8 +165,8 @@ def _attend(
     terms = _relative_terms(q, tables, windows)  # per axis (B * heads, *blocks, *places, window)
     if mask_padding:
         barred = _tables(windows, key)[1]
-        bare = [q.new_zeros(()).expand(*q.shape[:-1], size) for size in windows.window]
-        terms = [term + outside for term, outside in zip(terms or bare, barred)]
+        terms = terms or [q.new_zeros(()).expand(*q.shape[:-1], size) for size in windows.window]
+        terms = [term + outside for term, outside in zip(terms, barred)]
 
     num_logits = q.shape[0] * prod(windows.blocks) * prod(windows.places) * prod(windows.window)
     attend = _attend_directly if _tabulates(num_logits, q.device) else _attend_fused

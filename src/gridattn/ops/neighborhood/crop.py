@@ -18,10 +18,10 @@ from functools import cached_property
 from math import prod
 
 import numpy as np
-import torch.nn.functional as F
 from torch import Tensor
 
 from gridattn.ops.neighborhood.plan import AxisPlan, Plan
+from gridattn.ops.padding import pad_grid
 
 
 @dataclass(frozen=True)
@@ -122,10 +122,8 @@ class Crop:
         return self._pad(tensor, [axis.need for axis in self.axes])
 
     def _pad(self, tensor: Tensor, ranges: Sequence[tuple[int, int]]) -> Tensor:
-        amounts = [0, 0] * (tensor.ndim - 1 - len(ranges))
-        for (low, high), axis in reversed(list(zip(ranges, self.axes))):
-            amounts += [low - axis.span[0], axis.span[1] - high]
-        return F.pad(tensor, amounts) if any(amounts) else tensor
+        sides = [(low - axis.span[0], axis.span[1] - high) for (low, high), axis in zip(ranges, self.axes)]
+        return pad_grid(tensor, sides)
 
 
 def crop_plan(plan: Plan, queries: Sequence[tuple[int, int]]) -> Crop:

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
 from gridattn.ops.common import per_axis
 from gridattn.ops.neighborhood.slots import AxisSlots
+from gridattn.ops.padding import pad_grid
 
 
 @dataclass(frozen=True, init=False)
@@ -95,10 +95,7 @@ class TileLayout:
         """
         if tuple(x.shape[1 : 1 + len(self.grid)]) != self.grid:
             raise ValueError(f"x has shape {tuple(x.shape)}; (batch, *grid, ...) with the grid {self.grid} is allowed")
-        if self.is_padded:
-            missing = [full - size for full, size in zip(self._padded, self.grid)]
-            after = [0, 0] * (x.ndim - 1 - len(self.grid))
-            x = F.pad(x, after + [amount for axis in reversed(missing) for amount in (0, axis)])
+        x = pad_grid(x, [(0, full - size) for full, size in zip(self._padded, self.grid)])
         on_grid, in_tiles, sizes = self._patterns
         return rearrange(x, f"{on_grid} -> {in_tiles}", **sizes)
 
