@@ -129,7 +129,7 @@ def test_keys_counted_for_the_tile_kernel_are_those_of_its_tables(grid, kernel, 
 
 
 def test_the_row_kernel_visits_what_each_query_sees(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gridattn.lab.simulate_tiles._rows_are_faster", lambda plan: True)
+    monkeypatch.setattr("gridattn.lab.simulate_tiles.rows_are_faster", lambda plan: True)
     plan = make_plan((32, 24), 7)
     which, found = simulate_cpu(plan)
     assert (which, found.total_visited) == ("rows", plan.num_visible)

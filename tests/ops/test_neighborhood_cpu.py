@@ -2,6 +2,8 @@
 
 import multiprocessing
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from unittest import mock
 
 import numpy as np
@@ -13,7 +15,15 @@ from numba import njit
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from gridattn.ops.neighborhood import cpu, cpu_row_products, cpu_rows, cpu_threads, cpu_tiles, reference
+from gridattn.ops.neighborhood import (
+    cpu,
+    cpu_row_blocks,
+    cpu_row_products,
+    cpu_rows,
+    cpu_threads,
+    cpu_tiles,
+    reference,
+)
 from gridattn.ops.neighborhood.cpu_team import run_team
 from gridattn.ops.neighborhood.plan import Plan, make_plan
 
@@ -89,6 +99,130 @@ def test_rows_agree_with_the_definition_wherever_they_fit(plan, has_bias, one_bl
     for found, expected in zip(got, reference.attend(*wide, plan, 0.3, bias)):
         rounding = 1e-2 if found.dtype == torch.bfloat16 else 2e-5
         torch.testing.assert_close(found.float(), expected, rtol=rounding, atol=rounding)
+
+
+needs_rows = pytest.mark.skipif(not cpu_row_products.HAS_PERMUTE, reason="the row kernel needs AVX2")
+
+
+@contextmanager
+def gradients_by_rows(small_blocks: bool = False) -> Iterator[None]:
+    """Sends every gradient to the row kernel, and lets it cut a grid into as many blocks as it can."""
+    cuts = {"MIN_ITEMS": 64, "LEAST_CUT": 1, "LEAST_ROW": 2, "BAND_BYTES": 2**12, "SCRATCH_BYTES": 2**15}
+    cpu_row_blocks.make_row_blocks.cache_clear()
+    with (
+        mock.patch.object(cpu, "gradient_rows_are_faster", return_value=True),
+        mock.patch.object(cpu, "_backward_tiles", None),
+        mock.patch.multiple(cpu_row_blocks, **cuts if small_blocks else {"MIN_ITEMS": 1}),
+    ):
+        yield
+    cpu_row_blocks.make_row_blocks.cache_clear()
+
+
+def assert_near(got: Tensor, expected: Tensor, rounding: float = 1e-4) -> None:
+    """Equal up to a fraction of the largest number."""
+    assert (got.float() - expected.float()).abs().max() <= rounding * expected.abs().max()
+
+
+@needs_rows
+@settings(deadline=None, max_examples=60)
+@given(plan=plans(), has_bias=st.booleans(), small_blocks=st.booleans(), data=st.data())
+def test_gradients_by_rows_agree_with_the_definition(plan, has_bias, small_blocks, data) -> None:
+    plan = make_plan(plan.grid, plan.kernel_size, 1, plan.dilation)
+    depth, value_depth = data.draw(st.sampled_from([(8, 8), (5, 37), (33, 16)]))
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    tensors = draw_tensors(plan, 2, 2, depth, value_depth, dtype=dtype)
+    wide = {name: tensor.detach().float().requires_grad_() for name, tensor in tensors.items()}
+    options = {"bias": draw_bias(plan) if has_bias else None}
+    with gradients_by_rows(small_blocks):
+        got = results(cpu.attend, plan, tensors, **options)
+    for name, expected in results(reference.attend, plan, wide, **options).items():
+        assert_near(got[name], expected, 1e-4 if dtype == torch.float32 else 2e-2)
+
+
+@needs_rows
+@pytest.mark.parametrize("grid", [(7, 9), (26, 8), (31, 33), (12, 70)])
+@pytest.mark.parametrize("kernel", [(2, 5), (4, 7), (7, 6)])
+def test_blocks_give_what_one_block_gives(grid: tuple[int, int], kernel: tuple[int, int]) -> None:
+    plan = make_plan(grid, kernel)
+    tensors, bias = draw_tensors(plan, depth=12, value_depth=20), draw_bias(plan)
+    with gradients_by_rows():
+        whole = results(cpu.attend, plan, tensors, bias=bias)
+    with gradients_by_rows(small_blocks=True):
+        cut = results(cpu.attend, plan, tensors, bias=bias)
+        assert len(cpu_row_blocks.make_row_blocks(plan, 32, 4).items) > 1
+    for name, expected in whole.items():
+        assert_near(cut[name], expected, 1e-5)
+
+
+@needs_rows
+def test_gradients_by_rows_read_slices_and_expanded_tensors_in_place() -> None:
+    plan = make_plan((11, 17), 5)
+    qkv = torch.randn(2, 11, 17, 3, 2, 8, requires_grad=True)
+    d_out = torch.randn(1, 1, 1, 2, 8).expand(2, 11, 17, 2, 8)
+    gradients = []
+    for attend in (cpu.attend, reference.attend):
+        with gradients_by_rows():
+            out, _ = attend(*qkv.unbind(dim=-3), plan, 0.3)
+            gradients += torch.autograd.grad(out, qkv, d_out)
+    assert_near(*gradients)
+
+
+@needs_rows
+@pytest.mark.parametrize("dilation", [1, (1, 2)])
+def test_a_nan_in_one_sample_or_head_does_not_reach_another(dilation) -> None:
+    plan = make_plan((12, 19), 5, dilation=dilation)
+    tensors, bias = draw_tensors(plan), draw_bias(plan)
+    with gradients_by_rows():
+        clean = results(cpu.attend, plan, tensors, bias=bias)
+        for tensor in tensors.values():
+            tensor.data[0, :, :, 0] = torch.nan
+        spoilt = results(cpu.attend, plan, tensors, bias=bias)
+    for name in ("grad 0", "grad 1", "grad 2"):
+        assert spoilt[name][0, :, :, 0].isnan().all()
+        assert torch.equal(spoilt[name][0, :, :, 1], clean[name][0, :, :, 1])
+        assert torch.equal(spoilt[name][1], clean[name][1])
+    assert torch.equal(spoilt["grad 3"][1], clean["grad 3"][1])
+
+
+@needs_rows
+def test_gradients_by_rows_are_the_same_bits_for_every_number_of_threads() -> None:
+    plan = make_plan((40, 36), 7)
+    tensors, bias = draw_tensors(plan, depth=32, value_depth=32), draw_bias(plan)
+    threads, runs = torch.get_num_threads(), []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            with gradients_by_rows(small_blocks=True):
+                runs.append(results(cpu.attend, plan, tensors, bias=bias))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(runs[1][name], tensor) for name, tensor in runs[0].items())
+
+
+@settings(deadline=None, max_examples=60)
+@given(plan=plans(), small_blocks=st.booleans())
+def test_blocks_of_rows_own_every_position_once(plan: Plan, small_blocks: bool) -> None:
+    plan = make_plan(plan.grid, plan.kernel_size, 1, plan.dilation)
+    with gradients_by_rows(small_blocks):
+        blocks = cpu_row_blocks.make_row_blocks(plan, 16, 1)
+    axes = [1] * (3 - plan.rank) + list(plan.grid)
+    rows = [(plane, row) for plane, a, b in blocks.key_pairs[:, :3] for row in (a, b) if row >= 0]
+    assert sorted(rows) == [(plane, row) for plane in range(axes[0]) for row in range(axes[1])]
+    step = blocks.step[2]
+    keys = {int(first + i * step) for first, count in blocks.key_vectors[:, :2] for i in range(count)}
+    queries = {int(v[0] + i * step) for v in blocks.vectors for i in range(v[5], v[6])}
+    assert keys == queries == set(range(axes[2]))
+    assert sum(int((kind >= 0).sum()) for kind in blocks.kinds[blocks.vectors[:, 7]]) == axes[2]
+
+
+def test_rows_give_gradients_where_that_takes_less_time() -> None:
+    has_rows = cpu_row_products.HAS_PERMUTE
+    assert cpu.gradient_rows_are_faster(make_plan((56, 56), 7), 32) == has_rows
+    assert not cpu.gradient_rows_are_faster(make_plan((56, 56), 7, stride=2), 32)
+    assert not cpu.gradient_rows_are_faster(make_plan((56, 56), 7, is_causal=(True, False)), 32)
+    assert not cpu.gradient_rows_are_faster(make_plan((56, 56), 7, dilation=8), 32)
+    assert not cpu.gradient_rows_are_faster(make_plan((64, 64), 13), 64)
+    assert not cpu.gradient_rows_are_faster(make_plan((2048,), 7), 32)
 
 
 def test_rows_need_windows_that_begin_within_one_vector_of_keys() -> None:

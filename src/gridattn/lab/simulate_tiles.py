@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from gridattn.lab.simulate import Simulation, axis_visits, combine_axes
 from gridattn.ops.common import check_choice
-from gridattn.ops.neighborhood.cpu import _rows_are_faster
+from gridattn.ops.neighborhood.cpu import rows_are_faster
 from gridattn.ops.neighborhood.cpu_rows import SHAPE
 from gridattn.ops.neighborhood.cpu_tiles import make_tiling
 from gridattn.ops.neighborhood.plan import Plan
@@ -99,7 +99,7 @@ def simulate_cpu(plan: Plan) -> tuple[str, Simulation]:
         >>> kernel, found.per_axis_max, found.query_tiles
         ('tiles', (7, 7), 256)
     """
-    rows = _rows_are_faster(plan)
+    rows = rows_are_faster(plan)
     shape = (1,) * plan.rank if rows else make_tiling(plan, row_bytes=1, heads=1).shape[-plan.rank :]
     visits = [axis_visits(axis, int(size), 1, "dynamic") for axis, size in zip(plan.axes, shape)]
     return "rows" if rows else "tiles", combine_axes(plan, (1,) * plan.rank, visits)

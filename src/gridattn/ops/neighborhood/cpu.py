@@ -4,6 +4,7 @@ The operators are `gridattn::neighborhood_cpu` and `gridattn::neighborhood_cpu_b
 computed with in float32. All results are deterministic and do not depend on the number of threads.
 """
 
+from collections.abc import Sequence
 from functools import cache, lru_cache
 from math import e, log2, prod
 from typing import Any
@@ -15,12 +16,16 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from gridattn.ops.common import is_plain
+from gridattn.ops.neighborhood.cpu_row_blocks import make_row_blocks
 from gridattn.ops.neighborhood.cpu_rows import ROW_LANES, fits_rows, make_rows
 from gridattn.ops.neighborhood.cpu_threads import Kernel, run_on_threads
 from gridattn.ops.neighborhood.cpu_tiles import LANES, MIN_ITEMS, Tiling, make_tiling
 from gridattn.ops.neighborhood.plan import Plan, make_plan
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+SHORTEST_ROW = 14  # queries of a dilation group's row from which on the backward row kernel is the faster one, measured
+DEEPEST_ROW = {1: 24, 2: 1024, 3: 16}  # likewise the most numbers of a key, by the grid's rank
+WIDEST_ROW = 4000  # likewise of all keys of a window
 LONGEST_ROW = 16  # keys of a window on a line up to which the row kernel is the faster one, measured
 _SERIAL_WORK = 2_000_000  # multiply-adds below which waking another thread costs more than it brings
 LOG2_E = log2(e)
@@ -91,14 +96,14 @@ def _compute(
     if out.numel() == 0:
         return out, lse
     query, key, value, result = map(_stored, (query, key, value, out))
-    if key_mask is None and lse.dtype == torch.float32 and _rows_are_faster(plan):
+    if key_mask is None and lse.dtype == torch.float32 and rows_are_faster(plan):
         _forward_rows(query, key, value, bias, plan, scale, result, lse)
     else:
         _forward_tiles(query, key, value, bias, key_mask, plan, scale, result, lse)
     return out if result is out else out.copy_(result), lse
 
 
-def _rows_are_faster(plan: Plan) -> bool:
+def rows_are_faster(plan: Plan) -> bool:
     """Whether the row kernel can take a problem and, as measured, takes less time: it can share no key on a line."""
     return (plan.rank > 1 or plan.axes[0].kernel <= LONGEST_ROW) and fits_rows(plan)
 
@@ -124,17 +129,22 @@ def _forward_rows(
     """Fills `out` and `lse` by the kernel whose lanes are the queries of a row."""
     from gridattn.ops.neighborhood.cpu_row_kernel import SOURCES, forward_rows
 
-    tables, bias_size = _zeros(prod(2 * k - 1 for k in plan.kernel_size) + ROW_LANES), 0
-    if bias is not None:
-        table = bias.detach().to(lse.dtype).flatten(1) * LOG2_E
-        # A vector of bias entries may reach past the last one.
-        tables, bias_size = F.pad(table.flatten(), (0, ROW_LANES)).numpy(), table.shape[1]
+    tables, bias_size = _row_bias(bias, plan)
     pairs = key.shape[0] * key.shape[-2]
     rows = make_rows(plan, (key.shape[-1] + value.shape[-1]) * lse.element_size(), pairs, MIN_ITEMS // 2)
     tensors = (query, key, value, out, lse)
     q, k, v, *results = map(_flat, tensors)
     problem = (q, k, v, tables, *results, _strides(tensors, plan.rank), _sizes(query, key, value), scale, bias_size)
     _launch(forward_rows, (*problem, *rows.tables), SOURCES, len(rows.items) * pairs, _work(query, value, plan))
+
+
+def _row_bias(bias: Tensor | None, plan: Plan) -> tuple[np.ndarray, int]:
+    """One flat table per head in base 2 and its size; without a bias one of zeros for all heads, and 0."""
+    if bias is None:
+        return _zeros(prod(2 * k - 1 for k in plan.kernel_size) + ROW_LANES), 0
+    table = bias.detach().float().flatten(1) * LOG2_E
+    # A vector of bias entries may reach past the last one.
+    return F.pad(table.flatten(), (0, ROW_LANES)).numpy(), table.shape[1]
 
 
 @cache
@@ -148,16 +158,44 @@ def _backward(
     key_mask: Tensor | None, out: Tensor, lse: Tensor,
     kernel_size: list[int], stride: list[int], dilation: list[int], is_causal: list[bool], scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    gradients = _empty_gradients(query, key, value, bias)
+    if out.numel() == 0:
+        for gradient in gradients:
+            gradient.zero_()
+        return gradients
+    plan = make_plan(query.shape[1:-2], kernel_size, stride, dilation, is_causal)
+    has_rows = lse.dtype == torch.float32 and key_mask is None and query.shape == key.shape
+    if has_rows and gradient_rows_are_faster(plan, (key.shape[-1] + value.shape[-1]) // 2):
+        _backward_rows(query, key, value, bias, out, lse, d_out, d_lse.contiguous(), plan, scale, gradients)
+    else:
+        saved = query, key, value, bias, key_mask, out, lse
+        _backward_tiles(*saved, d_out, d_lse.contiguous(), plan, scale, gradients)
+    return gradients
+
+
+def gradient_rows_are_faster(plan: Plan, depth: int) -> bool:
+    """Whether the backward row kernel can take a problem and, as measured, takes less time.
+
+    Keys and values hold `depth` numbers on average. Short rows leave lanes idle, and large windows leave its caches.
+    """
+    if max(plan.stride) > 1 or not rows_are_faster(plan):
+        return False
+    work, row = depth * prod(plan.kernel_size), plan.grid[-1] // plan.dilation[-1]
+    return row >= SHORTEST_ROW and depth <= DEEPEST_ROW[plan.rank] and work <= WIDEST_ROW
+
+
+def _backward_tiles(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, key_mask: Tensor | None, out: Tensor, lse: Tensor,
+    d_out: Tensor, d_lse: Tensor, plan: Plan, scale: float, gradients: tuple[Tensor, Tensor, Tensor, Tensor],
+) -> None:  # fmt: skip
+    """Fills the gradients by the kernel whose lanes are the queries of a tile."""
     from gridattn.ops.neighborhood.cpu_kernels import SOURCES, backward
 
-    d_query, d_key, d_value, d_bias = _empty_gradients(query, key, value, bias)
-    if out.numel() == 0:
-        return d_query, d_key.zero_(), d_value.zero_(), d_bias.zero_()
-    plan = make_plan(query.shape[1:-2], kernel_size, stride, dilation, is_causal)
+    d_query, d_key, d_value, d_bias = gradients
     tiling = _tiling(plan, key, value, lse)
     query, key, value, out, d_out, query_result = map(_stored, (query, key, value, out, d_out, d_query))
     key_sum, value_sum = d_key.to(lse.dtype).zero_(), d_value.to(lse.dtype).zero_()
-    tensors = (query, key, value, key_mask, out, lse, d_out, d_lse.contiguous(), query_result, key_sum, value_sum)
+    tensors = (query, key, value, key_mask, out, lse, d_out, d_lse, query_result, key_sum, value_sum)
     q, k, v, mask, *others = map(_flat, tensors)
     arrays = (q, k, v, _bias_tables(bias, lse), mask, *others)
     strides, sizes = _strides(tensors, plan.rank), _sizes(query, key, value)
@@ -168,10 +206,29 @@ def _backward(
         problem = (*arrays, d_tables.view(-1).numpy(), strides, sizes, scale, *tiling.tables, blocks)
         _launch(backward, problem, SOURCES, items, 3 * _work(query, value, plan) // len(tiling.phases))
         d_bias += d_tables.sum(dim=(0, 2)).view_as(d_bias)
-    for gradient, result in ((d_query, query_result), (d_key, key_sum), (d_value, value_sum)):
-        if result is not gradient:
-            gradient.copy_(result)
-    return d_query, d_key, d_value, d_bias
+    _copy_results((d_query, d_key, d_value), (query_result, key_sum, value_sum))
+
+
+def _backward_rows(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor, d_out: Tensor,
+    d_lse: Tensor, plan: Plan, scale: float, gradients: tuple[Tensor, Tensor, Tensor, Tensor],
+) -> None:  # fmt: skip
+    """Fills the gradients by the kernel whose lanes are the queries, and then the keys, of a row."""
+    from gridattn.ops.neighborhood.cpu_row_backward import SOURCES, backward_rows
+
+    *wanted, d_bias = gradients
+    given = map(_stored, (query, key, value, out, lse, d_out, d_lse))
+    tensors = (*given, *(t.new_empty(t.shape, dtype=torch.float32) if t.dtype == torch.float16 else t for t in wanted))
+    q, k, v, *others = map(_flat, tensors)
+    table, bias_size = _row_bias(bias, plan)
+    pairs = key.shape[0] * key.shape[-2]
+    blocks = make_row_blocks(plan, key.shape[-1] + value.shape[-1], pairs)
+    d_tables = lse.new_zeros((key.shape[0], key.shape[-2], len(blocks.items), d_bias.numel() // key.shape[-2]))
+    arrays = (q, k, v, table, *others, d_tables.view(-1).numpy())
+    problem = (*arrays, _strides(tensors, plan.rank), _sizes(query, key, value), scale, bias_size, *blocks.tables)
+    _launch(backward_rows, problem, SOURCES, len(blocks.items) * pairs, 3 * _work(query, value, plan))
+    d_bias.copy_(d_tables.sum(dim=(0, 2)).view_as(d_bias))
+    _copy_results(wanted, tensors[-3:])
 
 
 @_backward.register_fake
@@ -220,6 +277,13 @@ def _empty_gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     d_query, d_key, d_value = (tensor.new_empty(tensor.shape) for tensor in (query, key, value))
     return d_query, d_key, d_value, query.new_empty(0) if bias is None else bias.new_empty(bias.shape)
+
+
+def _copy_results(gradients: Sequence[Tensor], results: Sequence[Tensor]) -> None:
+    """Rounds what the kernels wrote to the type of the gradients, where that is another one."""
+    for gradient, result in zip(gradients, results):
+        if result is not gradient:
+            gradient.copy_(result)
 
 
 def _stored(tensor: Tensor) -> Tensor:

@@ -28,28 +28,29 @@ SOURCES = sources(cpu_blocks, cpu_products, cpu_row_products, cpu_team, cpu_vect
 
 
 @njit(nogil=True)
-def _place(stride, sample, head, a, b, c):
+def offset_of(stride, sample, head, a, b, c):
     """Where a head's row at (a, b, c) of the grid begins."""
     return sample * stride[0] + head * stride[4] + a * stride[1] + b * stride[2] + c * stride[3]
 
 
 @njit(nogil=True)
-def _copy_keys(source, stride, sample, head, step, planes, rows, segment, unit, depth, room_of, pitch, target):
-    """Copies the keys of a block, or their values, so that positions along the last axis lie side by side."""
-    to = 0
-    for a in range(planes[1]):
-        for b in range(rows[1]):
-            at = _place(stride, sample, head, planes[0] + a * step[0], rows[0] + b * step[1], segment[0])
-            read_columns(source, at, step[2] * stride[3], segment[1], depth, unit, target, to, pitch)
-            to += room_of * pitch
+def copy_rows(start, stop, source, stride, sample, head, step, box, factor, depth, room_of, pitch, target, to):
+    """Copies rows of a box times a factor, so that positions along the last axis lie side by side.
+
+    `box` holds first index on the grid and size along each axis; the rows of its planes are counted on.
+    """
+    for row in range(start, stop):
+        a, b = box[0] + row // box[3] * step[0], box[2] + row % box[3] * step[1]
+        at = offset_of(stride, sample, head, a, b, box[4])
+        read_columns(source, at, step[2] * stride[3], box[5], depth, factor, target, to + row * room_of * pitch, pitch)
 
 
 @njit(nogil=True)
 def _place_pair(pair, rows, bias_at, row_bias, place):
     """Says in `place` where a pair of query rows finds its keys; returns how many rows it has."""
     count = 2 if pair[3] >= 0 else 1
-    place[1], place[2], place[3] = pair[1], pair[4], rows * (count - 1)
-    place[5], place[6] = bias_at + pair[2] * row_bias, bias_at + pair[5] * row_bias
+    place[1], place[2], place[3], place[4] = pair[1], rows, pair[4], rows * (count - 1)
+    place[6], place[7] = bias_at + pair[2] * row_bias, bias_at + pair[5] * row_bias
     return count
 
 
@@ -75,7 +76,8 @@ def _forward_rows(
     row_bias = 2 * kernel[2] - 1
     plane_bias = (2 * kernel[1] - 1) * row_bias
     window = kernel[0] * kernel[1] * kernel[2]
-    window_sizes, place = np.array([kernel[0], kernel[1], kernel[2], plane_bias, row_bias]), np.zeros(7, np.int64)
+    window_sizes = np.array([kernel[0], kernel[1], kernel[2], kernel[2], plane_bias, row_bias])
+    place = np.zeros(8, np.int64)
     keys, values = numbers(lse, rows * depth * pitch), numbers(lse, rows * value_pitch * pitch)
     q, p = numbers(lse, 2 * depth * ROW_LANES), np.zeros((BAND, 2 * window, ROW_LANES), lse.dtype)
     mixed, unit, factor = numbers(lse, 2 * value_pitch * ROW_LANES), numbers(lse, 1), numbers(lse, 1)
@@ -91,22 +93,23 @@ def _forward_rows(
         sample, key_head = divmod(item // len(items), key_heads)
         chosen = items[item % len(items)]
         planes_of, rows_of, segment = blocks[0, chosen[0]], blocks[1, chosen[1]], blocks[2, chosen[2]]
-        block = sample, key_head, step, planes_of, rows_of, segment, unit
-        _copy_keys(key, strides[1], *block, depth, depth, pitch, keys)
-        _copy_keys(value, strides[2], *block, value_depth, value_pitch, pitch, values)
+        box = planes_of[0], planes_of[1], rows_of[0], rows_of[1], segment[0], segment[1]
+        of, all_rows = (sample, key_head, step, box, unit), planes_of[1] * rows_of[1]
+        copy_rows(0, all_rows, key, strides[1], *of, depth, depth, pitch, keys, 0)
+        copy_rows(0, all_rows, value, strides[2], *of, value_depth, value_pitch, pitch, values, 0)
         for head in range(key_head * members, (key_head + 1) * members):
             for plane in planes[planes_of[2] : planes_of[3]]:
                 for v in range(segment[2], segment[3]):
                     first, queries, column, least_bias = vectors[v]
                     bias_at = head * bias_size + plane[2] * plane_bias + least_bias
-                    place[0], place[4] = plane[1], column
+                    place[0], place[5] = plane[1], column
                     for band in range(rows_of[2], rows_of[3], BAND):
                         band_end = min(band + BAND, rows_of[3])
                         for i in range(band, band_end):
                             own = p[i - band]
                             count = _place_pair(pairs[i], kernel[1], bias_at, row_bias, place)
                             for m in range(count):
-                                at = _place(q_stride, sample, head, plane[0], pairs[i, 3 * m], first)
+                                at = offset_of(q_stride, sample, head, plane[0], pairs[i, 3 * m], first)
                                 to, apart = m * depth * ROW_LANES, step[2] * q_stride[3]
                                 read_columns(query, at, apart, queries, depth, factor, q, to, ROW_LANES)
                             row_scores(
@@ -125,7 +128,7 @@ def _forward_rows(
                             for m in range(count):
                                 row_exponentials(own[m * window : (m + 1) * window], window, peak[m], total)
                                 row_logarithms(peak[m], total, inverse[i - band, m])
-                                at = _place(lse_stride, sample, head, plane[0], pairs[i, 3 * m], first)
+                                at = offset_of(lse_stride, sample, head, plane[0], pairs[i, 3 * m], first)
                                 for lane in range(queries):
                                     lse[at + lane * step[2] * lse_stride[3]] = peak[m, lane]
                         for i in range(band, band_end):
@@ -137,13 +140,14 @@ def _forward_rows(
                                 pitch,
                                 rows_of[1],
                                 own,
+                                0,
                                 lanes[v],
                                 window_sizes,
                                 place,
                                 mixed,
                             )
                             for m in range(count):
-                                at = _place(out_stride, sample, head, plane[0], pairs[i, 3 * m], first)
+                                at = offset_of(out_stride, sample, head, plane[0], pairs[i, 3 * m], first)
                                 start, apart = m * value_pitch * ROW_LANES, step[2] * out_stride[3]
                                 write_columns(mixed, start, inverse[i - band, m], queries, value_depth, out, at, apart)
 

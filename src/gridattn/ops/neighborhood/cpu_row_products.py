@@ -8,7 +8,7 @@ Arrays of integers say where things are (`ROW_SIZES`, `ROW_PLACE`).
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -27,11 +27,12 @@ HAS_PERMUTE = bool(llvm.get_host_cpu_features().get("avx2", False))
 
 
 class RowSizes(NamedTuple):
-    """Order of the sizes that a problem has."""
+    """Order of the sizes that a problem has; logits of the rows of a window lie `apart` vectors apart."""
 
     planes: int
     rows: int
     columns: int
+    apart: int
     plane_bias: int
     row_bias: int
 
@@ -41,6 +42,7 @@ class RowPlace(NamedTuple):
 
     plane: int
     row_a: int
+    rows_a: int
     row_b: int
     rows_b: int
     column: int
@@ -63,50 +65,40 @@ def row_scores(v, keys, depth, pitch, plane_rows, q, bias, index, sizes, place, 
     m is 0 for row A and 1 for row B; peak[m, lane] is the largest over o. `index` holds the permutation of the lanes of
     keys and then that of the bias.
     """
-    b = v.builder
-    size, at = _fields(v, sizes, RowSizes), _fields(v, place, RowPlace)
-    key_lanes, bias_lanes = v.load_index(index, int64(0)), v.load_index(index, int64(v.width))
-    row_size, q_size = b.mul(depth, pitch), b.mul(depth, int64(v.width))
     largest = Sums(v, 2)
     largest[0] = largest[1] = v.constant(-np.finfo(np.float32).max)
-    passes = b.sdiv(b.add(size.columns, int64(KEYS_AT_ONCE - 1)), int64(KEYS_AT_ONCE))
-    block = b.sdiv(b.sub(b.add(size.columns, passes), int64(1)), passes)
 
-    def score(members, key_row, targets, biases, left):
-        """The logits of up to KEYS_AT_ONCE neighbouring keys."""
+    def finish(m, there, logit):
+        v.store(logit, out, there)
+        largest[m] = v.call("llvm.maxnum", largest[m], logit)
 
-        def emit(count):
-            sums = Sums(v, 2 * count)
-            for m in members:
-                for j in range(count):
-                    sums[m * count + j] = v.permute(v.load(bias, b.add(biases[m], int64(j))), bias_lanes)
-            with count_up(b, int64(0), depth) as (d, _):
-                queries = {m: v.load(q, b.add(b.mul(q_size, int64(m)), b.mul(d, int64(v.width)))) for m in members}
-                columns = b.gep(key_row, [b.mul(d, pitch)])
-                for j in range(count):
-                    key = v.permute(v.load(columns, int64(j)), key_lanes)
-                    for m in members:
-                        sums[m * count + j] = v.multiply_add(queries[m], key, sums[m * count + j])
-            for m in members:
-                for j in range(count):
-                    v.store(sums[m * count + j], out, b.add(targets[m], int64(j * v.width)))
-                    largest[m] = v.call("llvm.maxnum", largest[m], sums[m * count + j])
-
-        choose(b, left, range(1, KEYS_AT_ONCE + 1), emit)
-
-    def visit(members, plane_row, offsets, plane):
-        key_row = b.gep(keys, [b.add(b.mul(plane_row, row_size), at.column)])
-        row_bias = {m: _bias_row(b, size, at, m, plane, offsets[m]) for m in members}
-        targets = {m: b.mul(_window_row(b, size, m, plane, offsets[m]), int64(v.width)) for m in members}
-        with cgutils.for_range_slice(b, int64(0), size.columns, block, size.columns.type, inc=True) as (j, _):
-            left = b.sub(size.columns, j)
-            left = b.select(b.icmp_signed("<", left, block), left, block)
-            at_j = {m: b.add(targets[m], b.mul(j, int64(v.width))) for m in members}
-            score(members, b.gep(key_row, [j]), at_j, {m: b.add(row_bias[m], j) for m in members}, left)
-
-    _visit_rows(v, size, at, plane_rows, visit)
+    _visit_products(v, [(keys, depth, q, bias, finish)], pitch, plane_rows, index, sizes, place, int64(0))
     for m in (0, 1):
         v.store(largest[m], peak, int64(m * v.width))
+
+
+@row_loop
+def row_gradients(
+    v, keys, values, depth, value_depth, pitch, plane_rows, q, d_out, bias, shift, offset, queries, apart,
+    index, sizes, place, p, ds, to,
+):  # fmt: skip
+    """The weights P = 2^(logit - shift) of windows, and the gradients dS = P * (values.d_out + offset) of their logits.
+
+    Logits are those of `row_scores`; `shift` and `offset` hold a number for each lane from `queries` on, those of row B
+    `apart` numbers later. P and dS are laid out as logits are, from `to` on.
+    """
+    b = v.builder
+    at = {m: b.add(queries, b.mul(apart, int64(m))) for m in (0, 1)}
+    shifts, offsets = ({m: v.load(array, at[m]) for m in (0, 1)} for array in (shift, offset))
+
+    def finish(m, there, logit):
+        v.store(v.exp2(b.fsub(logit, shifts[m])), p, there)
+
+    def multiply(m, there, product):
+        v.store(b.fmul(v.load(p, there), b.fadd(product, offsets[m])), ds, there)
+
+    sources = (keys, depth, q, bias, finish), (values, value_depth, d_out, None, multiply)
+    _visit_products(v, sources, pitch, plane_rows, index, sizes, place, to)
 
 
 @row_loop
@@ -120,14 +112,24 @@ def row_logarithms(v, peak, total, inverse):
 
 
 @row_loop
-def row_mixture(v, values, depth, pitch, plane_rows, weights, index, sizes, place, out):
+def row_mixture(v, values, depth, pitch, plane_rows, weights, start, index, sizes, place, out):
     """out[m, d, lane] = sum over keys o of the window of weights[m, o, lane] * values[plane, row, d, column].
 
-    `depth` is a multiple of DEPTHS_AT_ONCE.
+    The weights begin at `start`. `depth` is a multiple of DEPTHS_AT_ONCE.
     """
+    _emit_mixture(v, values, depth, pitch, plane_rows, weights, start, index, sizes, place, out)
+
+
+@row_loop
+def straight_mixture(v, values, depth, pitch, plane_rows, weights, start, sizes, place, out):
+    """`row_mixture` where the keys of neighbouring lanes are neighbours."""
+    _emit_mixture(v, values, depth, pitch, plane_rows, weights, start, None, sizes, place, out)
+
+
+def _emit_mixture(v, values, depth, pitch, plane_rows, weights, start, index, sizes, place, out):
     b = v.builder
     size, at = _fields(v, sizes, RowSizes), _fields(v, place, RowPlace)
-    lanes = v.load_index(index, int64(0))
+    lanes = None if index is None else v.load_index(index, int64(0))
     row_size = b.mul(depth, pitch)
     sums = Sums(v, 2 * DEPTHS_AT_ONCE)
     with count_up(b, int64(0), depth, DEPTHS_AT_ONCE) as (d, _):
@@ -135,13 +137,15 @@ def row_mixture(v, values, depth, pitch, plane_rows, weights, index, sizes, plac
             sums[i] = v.constant(0.0)
 
         def visit(members, plane_row, offsets, plane, d=d):
-            start = b.add(b.add(b.mul(plane_row, row_size), b.mul(d, pitch)), at.column)
-            rows = [b.gep(values, [b.add(start, b.mul(pitch, int64(c)))]) for c in range(DEPTHS_AT_ONCE)]
-            windows = {m: b.mul(_window_row(b, size, m, plane, offsets[m]), int64(v.width)) for m in members}
+            first = b.add(b.add(b.mul(plane_row, row_size), b.mul(d, pitch)), at.column)
+            rows = [b.gep(values, [b.add(first, b.mul(pitch, int64(c)))]) for c in range(DEPTHS_AT_ONCE)]
+            windows = {m: b.add(start, _window_row(v, size, m, plane, offsets[m])) for m in members}
+
             with count_up(b, int64(0), size.columns) as (j, _):
                 given = {m: v.load(weights, b.add(windows[m], b.mul(j, int64(v.width)))) for m in members}
                 for c, row in enumerate(rows):
-                    value = v.permute(v.load(row, j), lanes)
+                    value = v.load(row, j)
+                    value = value if lanes is None else v.permute(value, lanes)
                     for m in members:
                         i = m * DEPTHS_AT_ONCE + c
                         sums[i] = v.multiply_add(given[m], value, sums[i])
@@ -211,7 +215,7 @@ def _visit_rows(v: Vectors, size: Any, at: Any, plane_rows: ir.Value, visit: Cal
     number of its plane in the window.
     """
     b = v.builder
-    end_a = b.add(at.row_a, size.rows)
+    end_a = b.add(at.row_a, at.rows_a)
     parts = (((0,), at.row_a, at.row_b), ((0, 1), at.row_b, end_a), ((1,), end_a, b.add(at.row_b, at.rows_b)))
     with count_up(b, int64(0), size.planes) as (plane, _):
         first = b.mul(b.add(at.plane, plane), plane_rows)
@@ -221,10 +225,66 @@ def _visit_rows(v: Vectors, size: Any, at: Any, plane_rows: ir.Value, visit: Cal
                 visit(members, b.add(first, y), offsets, plane)
 
 
-def _window_row(b: Any, size: Any, member: int, plane: ir.Value, row: ir.Value) -> ir.Value:
-    """Number of the first key of a row of a window, the windows of A and B counted on."""
+def _visit_products(
+    v: Vectors, sources: Sequence[tuple], pitch: ir.Value, plane_rows: ir.Value, index: Any, sizes: Any, place: Any,
+    to: ir.Value,
+) -> None:  # fmt: skip
+    """Emits the products of the queries of rows A and B with their keys, for each of several pairs of both.
+
+    `sources` are keys, their depth, queries, bias or None, and a function of the member, the key's place in the windows
+    that begin at `to`, and the product, which is emitted for each product before those of the next pair.
+    """
+    b, wide = v.builder, int64(v.width)
+    size, at = _fields(v, sizes, RowSizes), _fields(v, place, RowPlace)
+    key_lanes, bias_lanes = v.load_index(index, int64(0)), v.load_index(index, wide)
+    passes = b.sdiv(b.add(size.columns, int64(KEYS_AT_ONCE - 1)), int64(KEYS_AT_ONCE))
+    block = b.sdiv(b.sub(b.add(size.columns, passes), int64(1)), passes)
+
+    def multiply(members, count, key_row, depth, q, bias, biases):
+        """Products with `count` neighbouring keys."""
+        sums = Sums(v, 2 * count)
+        for m in members:
+            for j in range(count):
+                initial = v.constant(0.0)
+                if bias is not None:
+                    initial = v.permute(v.load(bias, b.add(biases[m], int64(j))), bias_lanes)
+                sums[m * count + j] = initial
+        with count_up(b, int64(0), depth) as (d, _):
+            queries = {m: v.load(q, b.mul(b.add(b.mul(depth, int64(m)), d), wide)) for m in members}
+            columns = b.gep(key_row, [b.mul(d, pitch)])
+            for j in range(count):
+                key = v.permute(v.load(columns, int64(j)), key_lanes)
+                for m in members:
+                    sums[m * count + j] = v.multiply_add(queries[m], key, sums[m * count + j])
+        return sums
+
+    def visit(members, plane_row, offsets, plane):
+        row_bias = {m: _bias_row(b, size, at, m, plane, offsets[m]) for m in members}
+        targets = {m: b.add(to, _window_row(v, size, m, plane, offsets[m])) for m in members}
+
+        with cgutils.for_range_slice(b, int64(0), size.columns, block, size.columns.type, inc=True) as (j, _):
+            left = b.sub(size.columns, j)
+            left = b.select(b.icmp_signed("<", left, block), left, block)
+
+            def emit(count, j=j):
+                for keys, depth, q, bias, finish in sources:
+                    key_row = b.gep(keys, [b.add(b.add(b.mul(plane_row, b.mul(depth, pitch)), at.column), j)])
+                    biases = {m: b.add(row_bias[m], j) for m in members}
+                    sums = multiply(members, count, key_row, depth, q, bias, biases)
+                    for m in members:
+                        for i in range(count):
+                            finish(m, b.add(targets[m], b.mul(b.add(j, int64(i)), wide)), sums[m * count + i])
+
+            choose(b, left, range(1, KEYS_AT_ONCE + 1), emit)
+
+    _visit_rows(v, size, at, plane_rows, visit)
+
+
+def _window_row(v: Vectors, size: Any, member: int, plane: ir.Value, row: ir.Value) -> ir.Value:
+    """Where the numbers for a row of a window begin, the windows of A and B counted on."""
+    b = v.builder
     rows = b.add(b.mul(b.add(b.mul(size.planes, int64(member)), plane), size.rows), row)
-    return b.mul(rows, size.columns)
+    return b.mul(b.mul(rows, size.apart), int64(v.width))
 
 
 def _bias_row(b: Any, size: Any, at: Any, member: int, plane: ir.Value, row: ir.Value) -> ir.Value:

@@ -61,6 +61,11 @@ def fits_rows(plan: Plan) -> bool:
     return True
 
 
+def row_pitch(positions: int) -> int:
+    """Room for a row of positions: loads may reach past the last one, and rows must not share few sets of the cache."""
+    return (ceil((positions + ROW_LANES) / ROW_LANES) // 2 * 2 + 1) * ROW_LANES
+
+
 @lru_cache(maxsize=256)
 def make_rows(plan: Plan, row_bytes: int, heads: int, min_items: int) -> RowTiling:
     """Cuts a problem that `fits_rows`.
@@ -77,8 +82,6 @@ def make_rows(plan: Plan, row_bytes: int, heads: int, min_items: int) -> RowTili
     planes = [(first, start, bias) for first, _, start, bias, *_ in parts[0]]
     vectors = [part[:4] for part in parts[2]]
     most = [max(row[1] for row in table) for table in blocks]
-    # Loads may reach past the last key; rows of an even number of vectors would share few sets of the cache.
-    pitch = (ceil((most[2] + ROW_LANES) / ROW_LANES) // 2 * 2 + 1) * ROW_LANES
     return RowTiling(
         step=np.array([axis.dilation for axis in axes]),
         kernel=np.array([axis.kernel for axis in axes]),
@@ -87,7 +90,7 @@ def make_rows(plan: Plan, row_bytes: int, heads: int, min_items: int) -> RowTili
         pairs=np.array([_pair(axes[1], *part) for part in parts[1]], dtype=np.int64),
         vectors=np.array(vectors, dtype=np.int64),
         lanes=np.array([part[4] for part in parts[2]], dtype=np.int32),
-        capacity=np.array([prod(most[:2]), pitch]),
+        capacity=np.array([prod(most[:2]), row_pitch(most[2])]),
         items=np.array(list(product(*(range(len(table)) for table in blocks)))),
     )
 
