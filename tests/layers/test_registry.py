@@ -1,5 +1,7 @@
 """Facts that hold for every registered attention."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -93,13 +95,30 @@ def test_attention_map_is_a_distribution_over_the_grid_or_says_it_is_not_exact(n
         assert (weights >= 0).all()
 
 
+def _compare_compiled(layer: GridAttention, grids: list[tuple[int, ...]], **options: Any) -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(layer, fullgraph=True, **options)
+    for grid in grids:  # from the second one on a trace leaves sizes open
+        x = torch.randn(2, *grid, 32)
+        torch.testing.assert_close(compiled(x), layer(x), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(("name", "rank"), CASES)
 def test_compiles_as_one_graph(name: str, rank: int) -> None:
-    torch.compiler.reset()
-    layer = build(name, rank)
-    x = torch.randn(2, *GRIDS[rank][0], 32)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), layer(x), rtol=1e-4, atol=1e-5)
+    _compare_compiled(build(name, rank), GRIDS[rank][:1], backend="aot_eager")
+
+
+@pytest.mark.parametrize("name", ["epipolar", "neighborhood", "selective_scan", "window"])
+def test_one_compiled_layer_takes_sizes_that_change(name: str) -> None:
+    rank = 4 if name == "epipolar" else 2
+    _compare_compiled(build(name, rank), allowed_grids(name, rank)[:2], backend="eager", dynamic=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "rank"), CASES)
+def test_one_compiled_layer_takes_every_grid(name: str, rank: int) -> None:
+    _compare_compiled(build(name, rank), allowed_grids(name, rank), backend="aot_eager")
+    _compare_compiled(build(name, rank), allowed_grids(name, rank)[:2], backend="eager", dynamic=True)
 
 
 @pytest.mark.parametrize(("name", "rank"), CASES)

@@ -15,7 +15,7 @@ from gridattn.layers.registry import register_attention
 from gridattn.layers.window import WindowAttention
 from gridattn.ops.common import per_axis
 from gridattn.ops.large_kernel import depthwise_conv
-from gridattn.ops.padding import pad_grid
+from gridattn.ops.padding import pad_grid, to_multiple
 
 
 class ConvPositionEncoding(nn.Module):
@@ -98,7 +98,7 @@ class PaddedWindowAttention(WindowAttention):
         return whole[(..., *(slice(size) for size in x.shape[1:-1]))]
 
     def _padded(self, x: Tensor) -> Tensor:
-        return pad_grid(x, [(0, -size % w) for size, w in zip(x.shape[1:-1], self.window_size)])
+        return pad_grid(x, [(0, to_multiple(size, w)) for size, w in zip(x.shape[1:-1], self.window_size)])
 
     def macs(self, grid: Sequence[int]) -> int:
         return super().macs([-(-size // w) * w for size, w in zip(grid, self.window_size)])

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from gridattn.layers.common import GridAttention
 from gridattn.layers.registry import register_attention
 from gridattn.ops.legacy_resize import legacy_bilinear_resize
+from gridattn.ops.padding import to_multiple
 
 ENCODER_WIDTHS = (32, 64, 64, 128)
 DECODER_WIDTHS = (64, 128, 256, 256)
@@ -57,7 +58,7 @@ class EncoderDecoderMap(nn.Module):
         """(B, in_channels, H, W) -> (B, 1, H, W)."""
         height, width = x.shape[-2:]
         multiple = 2 ** len(self.encoder)
-        x = F.pad(x, (0, -width % multiple, 0, -height % multiple))
+        x = F.pad(x, (0, to_multiple(width, multiple), 0, to_multiple(height, multiple)))
         skips = []
         for level in self.encoder:
             skips.append(level(x))

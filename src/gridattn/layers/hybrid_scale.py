@@ -19,7 +19,7 @@ from gridattn.ops.hybrid_scale import (
     significance_map,
     token_count,
 )
-from gridattn.ops.padding import pad_grid
+from gridattn.ops.padding import pad_grid, to_multiple
 
 _CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
@@ -240,7 +240,7 @@ class HybridScaleAttention(GridAttention):
 
     def _padding(self, size: int, patch: int) -> int:
         short = isinstance(size, int) and size < patch
-        return (size + patch - 1) // patch * patch - size if self.border == "pad" or short else 0
+        return to_multiple(size, patch) if self.border == "pad" or short else 0
 
     def macs(self, grid: Sequence[int], with_significance: bool = False) -> int:
         """Multiply-accumulates for one sample; the significance map costs the logits of both scales once more."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from gridattn.ops.common import check_choice
+from gridattn.ops.constants import constant_in_traces
 
 
 def linear_scan(log_decay: Tensor, x: Tensor, *, chunk: int | None = None, backend: str = "auto") -> Tensor:
@@ -46,6 +47,7 @@ def linear_scan(log_decay: Tensor, x: Tensor, *, chunk: int | None = None, backe
     return _LinearScan.apply(log_decay.exp(), x, chunk or _default_chunk(x.shape[0]), False)
 
 
+@constant_in_traces
 def _default_chunk(length: int) -> int:
     """Steps per chunk for the fewest steps in all, 2 * chunk + length / chunk; no padding where a divisor is near."""
     best = max(1, isqrt(length // 2))

@@ -6,6 +6,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def to_multiple(size: int, of: int) -> int:
+    """How much is missing to the next multiple, in terms that a trace with dynamic sizes can follow.
+
+    Example:
+        >>> to_multiple(10, 4), to_multiple(8, 4)
+        (2, 0)
+    """
+    return (size + of - 1) // of * of - size
+
+
 def pad_grid(x: Tensor, amounts: Sequence[tuple[int, int]]) -> Tensor:
     """Appends zeros at both ends of grid axes; negative amounts cut.
 

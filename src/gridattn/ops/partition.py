@@ -10,14 +10,14 @@ Sources: arXiv 2103.14030 (blocks and their cyclic shift), arXiv 2204.01697 (the
 """
 
 from collections.abc import Sequence
-from functools import cache, lru_cache
+from functools import lru_cache
 from math import prod
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from gridattn.ops.padding import pad_grid
+from gridattn.ops.padding import pad_grid, to_multiple
 
 Layout = Literal["block", "grid"]
 
@@ -158,14 +158,12 @@ def _merged_shapes(
 _kept_cut_shapes, _kept_merged_shapes = lru_cache(256)(_cut_shapes), lru_cache(256)(_merged_shapes)
 
 
-@cache
 def _axes_cut(rank: int, features: int, layout: Layout) -> tuple[int, ...]:
     """Axes of a grid with all its axes split, in the order of cut windows: their numbers, then the places inside."""
     numbers, places = zip(*(_in_layout(1 + 2 * a, 2 + 2 * a, layout) for a in range(rank)))
     return 0, *numbers, *places, *range(1 + 2 * rank, 1 + 2 * rank + features)
 
 
-@cache
 def _axes_merged(rank: int, features: int, layout: Layout) -> tuple[int, ...]:
     """The inverse of `_axes_cut`."""
     order = _axes_cut(rank, features, layout)
@@ -178,7 +176,7 @@ def _in_layout(number: int, place: int, layout: Layout) -> tuple[int, int]:
 
 
 def _padding(grid: Sequence[int], window: Sequence[int]) -> list[int]:
-    return [(size + w - 1) // w * w - size for size, w in zip(grid, window)]
+    return [to_multiple(size, w) for size, w in zip(grid, window)]
 
 
 def _all_zero(padding: list[int]) -> bool:

@@ -84,6 +84,15 @@ def test_half_precision_changes_little() -> None:
     assert (whole - expected).abs().max() < 2e-2
 
 
+def test_one_compiled_network_takes_views_of_any_number_and_size() -> None:
+    torch.compiler.reset()
+    network = _tiny(blocks=1)
+    compiled = torch.compile(network, fullgraph=True, backend="eager")
+    for shape in ((1, 3, 3, 3, 12, 9), (2, 3, 2, 3, 10, 9)):
+        field = torch.rand(shape)
+        torch.testing.assert_close(compiled(field), network(field), atol=1e-5, rtol=1e-4)
+
+
 def test_a_query_sees_five_pixels_to_each_side_in_all_views_and_no_more() -> None:
     layer = EpipolarTransformer(4, 16, 8, (2**15, 11)).eval()
     plane = torch.randn(1, 3, 16, 4)
