@@ -10,6 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from gridattn.layers.common import GridAttention, split_heads, value_gradient_map
+from gridattn.layers.dropout import Dropout
 from gridattn.layers.large_kernel import DepthwiseConv
 from gridattn.layers.registry import register_attention
 from gridattn.ops.agent import agent_attention, agent_bias, pool_agents, pool_real_agents
@@ -214,7 +215,7 @@ class AgentAttention(GridAttention):
             self.patch_norm = nn.LayerNorm(dim)
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
-        self.proj_drop = nn.Dropout(projection_dropout)
+        self.proj_drop = Dropout(projection_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, *grid, C) -> (B, *grid, C)."""

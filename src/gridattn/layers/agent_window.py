@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gridattn.layers.agent import AgentMixer, convert_official_mixer
 from gridattn.layers.common import GridAttention, split_heads, value_gradient_map
+from gridattn.layers.dropout import Dropout
 from gridattn.layers.large_kernel import DepthwiseConv
 from gridattn.layers.registry import register_attention
 from gridattn.ops.common import check_channels, check_probability, per_axis
@@ -165,7 +166,7 @@ class AgentWindowAttention(GridAttention):
         )
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
-        self.proj_drop = nn.Dropout(projection_dropout)
+        self.proj_drop = Dropout(projection_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, *grid, C) -> (B, *grid, C)."""
@@ -281,7 +282,7 @@ class CrossWindowAttention(GridAttention):
         )
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
-        self.proj_drop = nn.Dropout(projection_dropout)
+        self.proj_drop = Dropout(projection_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, *grid, C) -> (B, *grid, C)."""

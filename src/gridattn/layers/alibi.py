@@ -8,6 +8,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from gridattn.layers.common import GridAttention, split_heads, value_gradient_map
+from gridattn.layers.dropout import Dropout
 from gridattn.layers.registry import register_attention
 from gridattn.ops.alibi import alibi_attention, alibi_bias, alibi_slopes, grid_positions
 from gridattn.ops.common import check_channels, check_probability
@@ -60,7 +61,7 @@ class AlibiAttention(GridAttention):
         self.attention_dropout = attention_dropout
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
-        self.proj_drop = nn.Dropout(projection_dropout)
+        self.proj_drop = Dropout(projection_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, *grid, C) -> (B, *grid, C)."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gridattn.layers.common import GridAttention, split_heads, value_gradient_map
+from gridattn.layers.dropout import Dropout
 from gridattn.layers.global_attention import GlobalAttention
 from gridattn.layers.linear import apply_linear
 from gridattn.layers.registry import register_attention
@@ -97,7 +98,7 @@ class GatedPositionalAttention(GridAttention):
         self.proj = nn.Linear(dim, dim)
         self.pos_proj = nn.Linear(self.rank + 1, num_heads)
         self.gating_param = nn.Parameter(torch.ones(num_heads))
-        self.proj_drop = nn.Dropout(projection_dropout)
+        self.proj_drop = Dropout(projection_dropout)
         self.reset_parameters()
 
     @torch.no_grad()

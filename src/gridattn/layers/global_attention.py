@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gridattn.layers.common import GridAttention, split_heads, value_gradient_map
+from gridattn.layers.dropout import Dropout
 from gridattn.layers.linear import apply_linear
 from gridattn.layers.registry import register_attention
 from gridattn.ops.common import check_channels, check_probability
@@ -63,7 +64,7 @@ class GlobalAttention(GridAttention):
         self.attention_dropout = attention_dropout
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
-        self.proj_drop = nn.Dropout(projection_dropout)
+        self.proj_drop = Dropout(projection_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, *grid, C) -> (B, *grid, C)."""

@@ -9,6 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from gridattn.layers.common import GridAttention, split_heads
+from gridattn.layers.dropout import Dropout
 from gridattn.layers.large_kernel import DepthwiseConv
 from gridattn.layers.registry import register_attention
 from gridattn.ops.common import check_channels, check_choice, check_probability, per_axis
@@ -87,7 +88,7 @@ class TokenAttention(nn.Module):
         self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias)
         self.lepe = ValuePosition(dim, rank)
         self.proj = nn.Linear(dim, dim)
-        self.proj_drop = nn.Dropout(projection_dropout)
+        self.proj_drop = Dropout(projection_dropout)
 
     def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
         """x (B, *grid, C), tokens (B, T, C) -> (B, *grid, C)."""
@@ -207,7 +208,7 @@ class HybridScaleAttention(GridAttention):
         self.kv_local = nn.Linear(dim, dim, bias=qkv_bias)
         self.lepe = ValuePosition(dim, self.rank)
         self.proj = nn.Linear(dim, dim)
-        self.proj_drop = nn.Dropout(projection_dropout)
+        self.proj_drop = Dropout(projection_dropout)
 
     def forward(self, x: Tensor, return_significance: bool = False) -> Any:
         """(B, *grid, C) -> (B, *grid, C), and with `return_significance` also the map (B, *grid), without gradient."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from gridattn.layers.batch_norm import GridBatchNorm
 from gridattn.layers.common import GridAttention
 from gridattn.layers.drop_path import DropPath
+from gridattn.layers.dropout import Dropout
 from gridattn.layers.registry import register_attention
 from gridattn.ops.common import check_channels, check_choice, check_probability, per_axis
 from gridattn.ops.large_kernel import (
@@ -193,7 +194,7 @@ class ConvFeedForward(nn.Module):
         self.fc1 = nn.Linear(dim, hidden_dim)
         self.conv = DepthwiseConv(hidden_dim, (3,) * rank)
         self.fc2 = nn.Linear(hidden_dim, dim)
-        self.drop = nn.Dropout(dropout)
+        self.drop = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, *grid, C) -> (B, *grid, C)."""

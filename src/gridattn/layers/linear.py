@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from gridattn.ops.common import autocast_enabled, is_plain
 
-ONEDNN_MACS = 2**24
-"""Multiply-accumulates from which oneDNN's call, which takes longer to begin, is the faster one."""
+ONEDNN_MACS = {("none", ""): 2**24, ("gelu", "none"): 2**22, ("gelu", "tanh"): 2**20, ("swish", ""): 2**23}
+"""For each activation the multiply-accumulates from which oneDNN's call, which takes longer to begin, is faster."""
 
 _ONEDNN: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
@@ -49,7 +49,7 @@ def linear_activation(x: Tensor, weight: Tensor, bias: Tensor | None, activation
         torch.Size([2, 1])
     """
     names = _in_onednn(activation)
-    if names is not None and _runs_on_onednn(x, weight, bias):
+    if names is not None and _runs_on_onednn(x, weight, bias, ONEDNN_MACS[names]):
         return _ONEDNN(x, weight, bias, names[0], [], names[1])
     out = F.linear(x, weight, bias)
     return out if activation is None else activation(out)
@@ -64,10 +64,10 @@ def _in_onednn(activation: nn.Module | None) -> tuple[str, str] | None:
     return ("swish", "") if type(activation) is nn.SiLU else None
 
 
-def _runs_on_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def _runs_on_onednn(x: Tensor, weight: Tensor, bias: Tensor | None, least_macs: int) -> bool:
     return (
         _ONEDNN is not None
-        and x.numel() * weight.shape[0] >= ONEDNN_MACS
+        and x.numel() * weight.shape[0] >= least_macs
         and x.device.type == weight.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and x.shape[-1] == weight.shape[-1]

@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from gridattn.layers.dropout import Dropout
 from gridattn.layers.linear import apply_linear
 
 
@@ -25,7 +26,7 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(dim, hidden)
         self.act = nn.GELU("tanh" if tanh_gelu else "none")
         self.fc2 = nn.Linear(hidden, dim)
-        self.drop = nn.Dropout(dropout)
+        self.drop = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., C)."""

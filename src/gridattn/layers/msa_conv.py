@@ -8,6 +8,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from gridattn.layers.common import GridAttention, split_heads, value_gradient_map
+from gridattn.layers.dropout import Dropout
 from gridattn.layers.registry import register_attention
 from gridattn.ops.common import check_channels, check_choice, check_probability, per_axis
 from gridattn.ops.msa_conv import BACKENDS, BORDERS, msa_conv, msa_conv_macs, window_reach
@@ -99,7 +100,7 @@ class MSAConv(GridAttention):
             self.proj = _GridConv(dim, dim, self.kernel_size)
         else:
             self.proj = nn.Linear(dim, dim)
-        self.proj_drop = nn.Dropout(projection_dropout)
+        self.proj_drop = Dropout(projection_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, *grid, C) -> (B, *grid, C)."""

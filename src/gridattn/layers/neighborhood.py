@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gridattn.layers.common import GridAttention, split_heads, value_gradient_map
+from gridattn.layers.dropout import Dropout
 from gridattn.layers.linear import apply_linear
 from gridattn.layers.registry import register_attention
 from gridattn.ops.common import check_channels, check_choice, check_probability, per_axis, per_axis_flag
@@ -121,7 +122,7 @@ class NeighborhoodAttention(GridAttention):
             else None
         )
         self.proj = nn.Linear(dim, dim)
-        self.proj_drop = nn.Dropout(projection_dropout)
+        self.proj_drop = Dropout(projection_dropout)
 
     def forward(
         self,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gridattn.layers.common import GridAttention
 from gridattn.layers.drop_path import DropPath
+from gridattn.layers.dropout import Dropout
 from gridattn.layers.hybrid_scale import GuidedAttention, HybridScaleAttention
 from gridattn.layers.large_kernel import DepthwiseConv
 from gridattn.layers.registry import register_attention
@@ -102,7 +103,7 @@ class DepthwiseMlp(nn.Module):
         self.fc1 = nn.Linear(dim, hidden)
         self.dwconv = DepthwiseConv(hidden, (3,) * rank)
         self.fc2 = nn.Linear(hidden, dim)
-        self.drop = nn.Dropout(dropout)
+        self.drop = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, *grid, C) -> (B, *grid, C)."""

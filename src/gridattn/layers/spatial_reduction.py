@@ -9,6 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from gridattn.layers.common import GridAttention
+from gridattn.layers.dropout import Dropout
 from gridattn.ops.common import check_channels, check_probability, per_axis
 from gridattn.ops.padding import pad_grid
 
@@ -66,7 +67,7 @@ class SpatialReductionAttention(GridAttention):
         self.patch = _CONVOLUTIONS[self.rank](dim, dim, self.reduction, self.reduction)
         self.patch_norm = nn.LayerNorm(dim)
         self.proj = nn.Linear(dim, dim)
-        self.proj_drop = nn.Dropout(projection_dropout)
+        self.proj_drop = Dropout(projection_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, *grid, C) -> (B, *grid, C)."""

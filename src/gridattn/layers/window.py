@@ -9,6 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from gridattn.layers.common import GridAttention, split_heads, value_gradient_map
+from gridattn.layers.dropout import Dropout
 from gridattn.layers.linear import apply_linear
 from gridattn.layers.registry import register_attention
 from gridattn.ops.common import check_channels, check_choice, check_probability, per_axis
@@ -112,7 +113,7 @@ class WindowAttention(GridAttention):
             else None
         )
         self.proj = nn.Linear(dim, dim)
-        self.proj_drop = nn.Dropout(projection_dropout)
+        self.proj_drop = Dropout(projection_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, *grid, C) -> (B, *grid, C)."""

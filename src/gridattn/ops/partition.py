@@ -41,8 +41,13 @@ def partition_windows(
         >>> partition_windows(x, (3,)).tolist(), partition_windows(x, (3,), "grid").tolist()
         ([[[0, 1, 2], [3, 4, 5]]], [[[0, 2, 4], [1, 3, 5]]])
     """
-    padding = _padding(x.shape[1 : 1 + len(window)], window)
-    return _cut(pad_grid(x, [(0, pad) for pad in padding]), window, layout, shift)
+    shapes = _cut_shapes if torch.compiler.is_compiling() else _kept_cut_shapes
+    padding, apart, order, cut = shapes(x.shape, tuple(window), layout)
+    if padding is not None:
+        x = pad_grid(x, padding)
+    if shift is not None and any(shift):
+        x = x.roll(tuple(-s for s in shift), tuple(range(1, 1 + len(window))))
+    return x.reshape(apart).permute(order).reshape(cut)
 
 
 def merge_windows(
@@ -61,11 +66,11 @@ def merge_windows(
         True
     """
     shapes = _merged_shapes if torch.compiler.is_compiling() else _kept_merged_shapes
-    apart, order, filled, padding = shapes(windows.shape, tuple(window), tuple(grid), layout)
+    apart, order, filled, surplus = shapes(windows.shape, tuple(window), tuple(grid), layout)
     x = windows.view(apart).permute(order).reshape(filled)
     if shift is not None and any(shift):
         x = x.roll(tuple(shift), tuple(range(1, 1 + len(window))))
-    return pad_grid(x, padding)
+    return x if surplus is None else pad_grid(x, surplus)
 
 
 def regroup_axes(x: Tensor, groups: Sequence[int]) -> Tensor:
@@ -123,36 +128,37 @@ def window_mask(
         index = torch.arange(size + pad, device=device).view([-1 if a == axis else 1 for a in range(len(window))])
         region = 2 * region + (index < shift[axis])
         real = real & (index < size)
-    label = _cut(torch.where(real, region, -1).unsqueeze(0), window, layout, shift)[0]
+    label = partition_windows(torch.where(real, region, -1).unsqueeze(0), window, layout, shift)[0]
     return label.unsqueeze(-1) == label.unsqueeze(-2)
 
 
-def _cut(x: Tensor, window: Sequence[int], layout: Layout, shift: Sequence[int] | None) -> Tensor:
-    if shift is not None and any(shift):
-        x = x.roll(tuple(-s for s in shift), tuple(range(1, 1 + len(window))))
-    shapes = _cut_shapes if torch.compiler.is_compiling() else _kept_cut_shapes
-    apart, order, cut = shapes(x.shape, tuple(window), layout)
-    return x.reshape(apart).permute(order).reshape(cut)
+Amounts = tuple[tuple[int, int], ...]
+"""Zeros before and after each grid axis."""
 
 
-def _cut_shapes(shape: torch.Size, window: tuple[int, ...], layout: Layout) -> tuple[tuple[int, ...], ...]:
-    """(B, *grid, *features) with its axes split; the order that brings windows together; cut into windows."""
+def _cut_shapes(
+    shape: torch.Size, window: tuple[int, ...], layout: Layout
+) -> tuple[Amounts | None, tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """What (B, *grid, *features) lacks, or None; its axes split; the order that brings windows together; cut."""
     batch, features = shape[0], shape[1 + len(window) :]
-    counts = [size // w for size, w in zip(shape[1:], window)]
+    counts = [(size + w - 1) // w for size, w in zip(shape[1:], window)]
+    padding = _padding(shape[1:], window)
+    missing = None if _all_zero(padding) else tuple((0, pad) for pad in padding)
     pairs = (part for n, w in zip(counts, window) for part in _in_layout(n, w, layout))
     cut = batch, prod(counts), prod(window), *features
-    return (batch, *pairs, *features), _axes_cut(len(window), len(features), layout), cut
+    return missing, (batch, *pairs, *features), _axes_cut(len(window), len(features), layout), cut
 
 
 def _merged_shapes(
     shape: torch.Size, window: tuple[int, ...], grid: tuple[int, ...], layout: Layout
-) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[tuple[int, int], ...]]:
-    """(B, windows, prod(window), *features) with its axes split; the order of the grid; merged; what is cut off."""
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], Amounts | None]:
+    """(B, windows, prod(window), *features) with its axes split; the order of the grid; merged; what is cut, or None."""
     batch, features = shape[0], shape[3:]
     counts = [(size + w - 1) // w for size, w in zip(grid, window)]
     filled = batch, *(n * w for n, w in zip(counts, window)), *features
-    padding = tuple((0, -pad) for pad in _padding(grid, window))
-    return (batch, *counts, *window, *features), _axes_merged(len(window), len(features), layout), filled, padding
+    padding = _padding(grid, window)
+    surplus = None if _all_zero(padding) else tuple((0, -pad) for pad in padding)
+    return (batch, *counts, *window, *features), _axes_merged(len(window), len(features), layout), filled, surplus
 
 
 _kept_cut_shapes, _kept_merged_shapes = lru_cache(256)(_cut_shapes), lru_cache(256)(_merged_shapes)
