@@ -152,7 +152,7 @@ def _cut_shapes(
 def _merged_shapes(
     shape: torch.Size, window: tuple[int, ...], grid: tuple[int, ...], layout: Layout
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], Amounts | None]:
-    """(B, windows, prod(window), *features) with its axes split; the order of the grid; merged; what is cut, or None."""
+    """(B, windows, prod(window), *features) split; the order of the grid; merged; what is cut, or None."""
     batch, features = shape[0], shape[3:]
     counts = [(size + w - 1) // w for size, w in zip(grid, window)]
     filled = batch, *(n * w for n, w in zip(counts, window)), *features
