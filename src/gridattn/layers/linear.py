@@ -67,6 +67,7 @@ def _in_onednn(activation: nn.Module | None) -> tuple[str, str] | None:
 def _runs_on_onednn(x: Tensor, weight: Tensor, bias: Tensor | None, least_macs: int) -> bool:
     return (
         _ONEDNN is not None
+        and not torch.compiler.is_compiling()  # comparing a size that a trace leaves open would bind it
         and x.numel() * weight.shape[0] >= least_macs
         and x.device.type == weight.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
