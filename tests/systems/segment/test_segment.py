@@ -197,10 +197,13 @@ def test_images_fit_the_longer_and_the_shorter_side(size: tuple[int, int], fitte
 
 
 @pytest.mark.slow
-def test_the_demo_reaches_its_threshold(tmp_path: Path) -> None:
+@pytest.mark.parametrize("recipe", ["demo", "demo-mni152"])
+def test_a_demo_reaches_its_threshold(recipe: str, tmp_path: Path) -> None:
+    if recipe == "demo-mni152":
+        pytest.importorskip("nilearn")
     demo = get_system("segment").demo
     assert demo is not None
     settings = SegmentSettings(
-        **{**read_recipe("segment", "demo"), "output": str(tmp_path / "run"), "trainer": TRAINER}
+        **{**read_recipe("segment", recipe), "output": str(tmp_path / "run"), "trainer": TRAINER}
     )
     assert train_segmenter(settings)[demo.metric] >= demo.threshold
