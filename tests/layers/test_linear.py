@@ -8,6 +8,7 @@ from torch import nn
 
 from gridattn.layers import linear as module
 from gridattn.layers.linear import apply_linear
+from gridattn.layers.mlp import Mlp
 
 
 @pytest.fixture(autouse=True)
@@ -64,16 +65,7 @@ def test_gradients_and_autocast_keep_the_module() -> None:
 
 
 def test_a_trace_is_not_bound_to_the_sizes_that_onednn_gains_by() -> None:
-    layer, x = nn.Sequential(nn.Linear(8, 12), nn.GELU()), torch.randn(20, 8)
-
-    class Both(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = layer
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return apply_linear(self.layer[0], x, self.layer[1])
-
+    layer, x = Mlp(8, 12), torch.randn(20, 8)
     with mock.patch.object(module, "ONEDNN_MACS", dict.fromkeys(module.ONEDNN_MACS, 1000)), torch.no_grad():
-        program = torch.export.export(Both(), (x,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)).module()
+        program = torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)).module()
         torch.testing.assert_close(program(x[:3]), layer(x[:3]), rtol=1e-5, atol=1e-6)

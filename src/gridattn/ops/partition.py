@@ -42,9 +42,8 @@ def partition_windows(
         ([[[0, 1, 2], [3, 4, 5]]], [[[0, 2, 4], [1, 3, 5]]])
     """
     shapes = _cut_shapes if torch.compiler.is_compiling() else _kept_cut_shapes
-    padding, apart, order, cut = shapes(x.shape, tuple(window), layout)
-    if padding is not None:
-        x = pad_grid(x, padding)
+    missing, apart, order, cut = shapes(x.shape, tuple(window), layout)
+    x = pad_grid(x, missing)
     if shift is not None and any(shift):
         x = x.roll(tuple(-s for s in shift), tuple(range(1, 1 + len(window))))
     return x.reshape(apart).permute(order).reshape(cut)
@@ -70,7 +69,7 @@ def merge_windows(
     x = windows.view(apart).permute(order).reshape(filled)
     if shift is not None and any(shift):
         x = x.roll(tuple(shift), tuple(range(1, 1 + len(window))))
-    return x if surplus is None else pad_grid(x, surplus)
+    return pad_grid(x, surplus)
 
 
 def regroup_axes(x: Tensor, groups: Sequence[int]) -> Tensor:
@@ -138,12 +137,11 @@ Amounts = tuple[tuple[int, int], ...]
 
 def _cut_shapes(
     shape: torch.Size, window: tuple[int, ...], layout: Layout
-) -> tuple[Amounts | None, tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """What (B, *grid, *features) lacks, or None; its axes split; the order that brings windows together; cut."""
+) -> tuple[Amounts, tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """What (B, *grid, *features) lacks; its axes split; the order that brings windows together; cut."""
     batch, features = shape[0], shape[1 + len(window) :]
     counts = [(size + w - 1) // w for size, w in zip(shape[1:], window)]
-    padding = _padding(shape[1:], window)
-    missing = None if _all_zero(padding) else tuple((0, pad) for pad in padding)
+    missing = tuple((0, pad) for pad in _padding(shape[1:], window))
     pairs = (part for n, w in zip(counts, window) for part in _in_layout(n, w, layout))
     cut = batch, prod(counts), prod(window), *features
     return missing, (batch, *pairs, *features), _axes_cut(len(window), len(features), layout), cut
@@ -151,13 +149,12 @@ def _cut_shapes(
 
 def _merged_shapes(
     shape: torch.Size, window: tuple[int, ...], grid: tuple[int, ...], layout: Layout
-) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], Amounts | None]:
-    """(B, windows, prod(window), *features) split; the order of the grid; merged; what is cut, or None."""
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], Amounts]:
+    """(B, windows, prod(window), *features) split; the order of the grid; merged; what is cut off."""
     batch, features = shape[0], shape[3:]
     counts = [(size + w - 1) // w for size, w in zip(grid, window)]
     filled = batch, *(n * w for n, w in zip(counts, window)), *features
-    padding = _padding(grid, window)
-    surplus = None if _all_zero(padding) else tuple((0, -pad) for pad in padding)
+    surplus = tuple((0, -pad) for pad in _padding(grid, window))
     return (batch, *counts, *window, *features), _axes_merged(len(window), len(features), layout), filled, surplus
 
 
